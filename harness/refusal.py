@@ -1,0 +1,28 @@
+"""How bad input is answered: one line saying what was wrong, what is allowed and what was probably meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class Refused(ValueError):
+    """Input that cannot be served. Its text is one line for the user; the command prints it and exits with 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """The allowed name that was probably meant, or an empty string."""
+    by_lower = {a.lower().replace("_", "-"): a for a in allowed}
+    close = get_close_matches(name.lower().replace("_", "-"), by_lower, n=1, cutoff=0.6)
+    return by_lower[close[0]] if close else ""
+
+
+def unknown(kind: str, name: str, allowed: Iterable[str]) -> Refused:
+    """A refusal for a name that does not exist: lists the names that do and the nearest one."""
+    names = sorted(allowed)
+    guess = nearest(name, names)
+    meant = f" Did you mean {guess!r}?" if guess else ""
+    return Refused(f"unknown {kind} {name!r}.{meant} Allowed: {', '.join(names) or 'none'}.")
