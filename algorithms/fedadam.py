@@ -1,0 +1,40 @@
+"""FedAvg with Adam on the server.
+
+Paper: Reddi et al., Adaptive Federated Optimization, ICLR 2021, Algorithm 2 (FedAdam), without bias correction.
+Travels down: the model. Travels up: the model. Remembered by the client: nothing.
+Differences from the paper: clients are weighted by their sample counts, as in the paper's experiments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Generator
+
+from algorithms.fedavg import FedAvg
+from harness.protocol import Decay, Positive, Server, State, Update, World
+from harness.trees import sub, tree_map, zeros
+
+
+@dataclass(frozen=True)
+class FedAdam(FedAvg):
+    """m = b1 m + (1 - b1) D; v = b2 v + (1 - b2) D^2; theta_g += lr m / (sqrt(v) + eps), D the mean delta."""
+
+    lr_server: Positive = 0.1  # eta; the paper tunes it, 1e-1 and 1e-2 are its usual values
+    beta1: Decay = 0.9  # beta_1
+    beta2: Decay = 0.99  # beta_2
+    eps: Positive = 1e-3  # tau, the paper's adaptivity
+
+    def init(self, world: World, rng: Generator) -> State:
+        """The model and both moments, zero."""
+        state = super().init(world, rng)
+        return {**state, "m": zeros(state["params"]), "v": zeros(state["params"])}
+
+    def merge(self, state: State, updates: Sequence[Update], server: Server) -> State:
+        """One step of Adam on the mean delta."""
+        delta = sub(super().merge(state, updates, server)["params"], state["params"])
+        m = tree_map(lambda m, d: self.beta1 * m + (1 - self.beta1) * d, state["m"], delta)
+        v = tree_map(lambda v, d: self.beta2 * v + (1 - self.beta2) * d * d, state["v"], delta)
+        params = tree_map(lambda p, m, v: p + self.lr_server * m / (v.sqrt() + self.eps), state["params"], m, v)
+        return {**state, "m": m, "v": v, "params": params}

@@ -1,0 +1,82 @@
+"""Cards: the TOML files that describe data sets and sweeps. A card is data: nothing in it is ever run."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from harness.refusal import Refused, unknown
+
+_HEADER = re.compile(r"\[+([^\[\]]+)\]+\s*(?:#.*)?")
+_HERE = Path(__file__).resolve().parent
+
+
+def root(kind: str) -> Path:
+    """The folder of the shipped cards of a kind ("datasets", "sweeps").
+
+    In a wheel the cards travel inside this package; in a checkout they lie at the top, where people look for them.
+    """
+    packaged = _HERE / "_cards" / kind
+    return packaged if packaged.is_dir() else _HERE.parent / kind
+
+
+def names(kind: str) -> list[str]:
+    """The names of the shipped cards of a kind, sorted. A card in a sub-folder is called "folder/name"."""
+    folder = root(kind)
+    return sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.toml"))
+
+
+def find(kind: str, name_or_path: str | Path) -> Path:
+    """The file of a card: a shipped name, or a path that ends in .toml. Refused when there is no such file."""
+    text = str(name_or_path)
+    if text.endswith(".toml"):
+        path = Path(text)
+        if _is_file(path):
+            return path
+        raise Refused(f"no {kind} card at {text!r}: give a TOML file or one of {', '.join(names(kind))}")
+    if text not in names(kind):
+        raise unknown(f"{kind} card", text, names(kind))
+    return root(kind) / f"{text}.toml"
+
+
+def read(kind: str, name_or_path: str | Path) -> dict[str, Any]:
+    """The content of a card. Refused, with the file and the line, when it is missing or is not valid TOML."""
+    path = find(kind, name_or_path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise Refused(f"{path}: nested too deeply for a card") from None
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except (ValueError, OSError) as error:  # tomllib's message ends in "(at line 3, column 7)"
+        raise Refused(f"{path}: {error}") from None
+
+
+def place(path: Path, key: str) -> str:
+    """Where a dotted key stands in a card, for messages: "quickstart.toml, line 7, base.local.lr".
+
+    tomllib keeps no positions, so the text is searched; a key that is not found goes without a line.
+    """
+    table = ""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        text = line.strip()
+        if header := _HEADER.fullmatch(text):
+            table = _bare(header[1])
+            if table == key:
+                return f"{path.name}, line {number}, {key}"
+        elif "=" in text and key == ".".join(filter(None, (table, _bare(text.split("=")[0])))):
+            return f"{path.name}, line {number}, {key}"
+    return f"{path.name}, {key}"
+
+
+def _bare(key: str) -> str:
+    return re.sub(r"[\s\"']", "", key)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long for the file system, or with a NUL in it
+        return False

@@ -1,0 +1,149 @@
+"""The hot path: a step, a client's visit, a server-side fit.
+
+Parameters live in one flat buffer; the tree that a loss sees is made of views into it, and so are the gradients. An
+optimizer step is therefore a handful of operations however many layers a net has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from harness.batches import Rows, augment, passes
+from harness.layers import BUFFERS
+from harness.nets import Net
+from harness.protocol import Algorithm, Batch, Inbox, Phase
+from harness.trees import Tree, leaves, tree_map
+
+StepLoss = Callable[[Tree, Batch], tuple[Tensor, dict[str, Tensor]]]
+Kind = Literal["sgd", "adam"]
+
+
+def _trained(path: str, x: Tensor) -> bool:
+    """BatchNorm's running statistics and integers are part of a tree, but no gradient moves them."""
+    return x.is_floating_point() and not path.endswith(BUFFERS)
+
+
+class Weights:
+    """A copy of a tree that can be trained: leaves are views into one vector, gradients into another."""
+
+    def __init__(self, tree: Tree) -> None:
+        named = list(leaves(tree))
+        trained = [x for path, x in named if _trained(path, x)]
+        self.vector = torch.cat([x.detach().reshape(-1) for x in trained])
+        self.gradient = torch.zeros_like(self.vector)
+        sizes = [x.numel() for x in trained]
+        views = zip(trained, torch.split(self.vector, sizes), torch.split(self.gradient, sizes), strict=True)
+        made: list[Tensor] = []
+        for x, value, gradient in views:
+            leaf = value.view(x.shape).detach().requires_grad_()
+            leaf.grad = gradient.view(x.shape)  # backward adds in place
+            made.append(leaf)
+        fill = iter(made)
+        names = iter(named)  # leaves() and tree_map() walk in the same order
+        self.tree = tree_map(lambda x: next(fill) if _trained(*next(names)) else x.detach().clone(), tree)
+
+    def result(self) -> Tree:
+        """The tree as it is now, without gradients. Shares memory with this object: use it once training is over."""
+        return tree_map(lambda x: x.detach(), self.tree)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Stochastic gradient descent with heavy-ball momentum, or Adam with its usual betas; L2 added to gradients."""
+
+    kind: Kind = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def bind(self, weights: Weights) -> Callable[[], None]:
+        """A fresh optimizer: what it returns takes one step along the gradient that lies in `weights`."""
+        if self.kind == "adam":
+            flat = torch.nn.Parameter(weights.vector)
+            flat.grad = weights.gradient
+            adam = torch.optim.Adam([flat], lr=self.lr, weight_decay=self.weight_decay, foreach=False)
+            return lambda: adam.step() and None
+        velocity = torch.zeros_like(weights.vector) if self.momentum else None
+        return lambda: self._descend(weights.vector, weights.gradient, velocity)
+
+    def _descend(self, w: Tensor, g: Tensor, velocity: Tensor | None) -> None:
+        with torch.no_grad():
+            if self.weight_decay:
+                g.add_(w, alpha=self.weight_decay)
+            if velocity is not None:
+                g = velocity.mul_(self.momentum).add_(g)
+            w.add_(g, alpha=-self.lr)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The end of a stretch of training. metrics: [steps] of each metric and of "loss", on the device."""
+
+    tree: Tree
+    steps: int
+    samples: int
+    metrics: dict[str, Tensor]
+
+
+def descend(start: Tree, loss: StepLoss, batches: Iterable[Batch], optimizer: Optimizer) -> Fitted:
+    """One optimizer step per batch, from a copy of `start`."""
+    weights = Weights(start)
+    step = optimizer.bind(weights)
+    seen: dict[str, list[Tensor]] = {}
+    steps = samples = 0
+    for batch in batches:
+        weights.gradient.zero_()
+        value, metrics = loss(weights.tree, batch)
+        value.backward()  # type: ignore[no-untyped-call]
+        step()
+        steps += 1
+        samples += len(batch.y)
+        for name, metric in (("loss", value), *metrics.items()):
+            seen.setdefault(name, []).append(metric.detach())
+    return Fitted(weights.result(), steps, samples, {name: torch.stack(values) for name, values in seen.items()})
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Three independent streams of a visit: the order of the rows, their augmentation, the method's own draws."""
+
+    order: Generator
+    augment: Generator
+    draw: Generator
+
+
+def visit_batches(
+    method: Algorithm,
+    net: Net,
+    inbox: Inbox,
+    memory: Tree,
+    phase: Phase,
+    rows: Rows,
+    streams: Streams,
+    *,
+    batch: int,
+    epochs: int,
+    drop_last: bool,
+) -> Iterable[Batch]:
+    """The batches of a phase with everything beside their rows.
+
+    What teachers say about a row is computed once per visit where its inputs are the same in every pass, and batch by
+    batch where they are augmented.
+    """
+    told: dict[str, Tensor] = {}
+    if rows.augment is None:
+        parts = [method.teach(net, x, inbox, memory) for x in rows.x.split(max(batch, 256))]
+        told = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    for index in passes(len(rows), batch, epochs if phase.epochs is None else phase.epochs, drop_last, streams.order):
+        x = rows.x[index]
+        if rows.augment is None:
+            extra = {key: value[index] for key, value in told.items()}
+        else:
+            x = augment(x, rows.augment, streams.augment)
+            extra = method.teach(net, x, inbox, memory)
+        yield method.draw(net, Batch(x, rows.y[index], extra, phase=phase.name), inbox, memory, streams.draw)

@@ -1,0 +1,141 @@
+"""What `fedstill show` and `fedstill partition` print."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from harness import axes, cards, config, nets, plots, registry
+from harness.data import card, load
+from harness.partitions import split
+from harness.refusal import Refused, unknown
+from harness.trees import size, stream
+
+SHADES = " ░▒▓█"
+
+
+def partition_page(trial: config.Trial, out: Path) -> None:
+    """The statistics of a partition, its heat map on the terminal and as a picture."""
+    about = card(trial.dataset)
+    labels = load(about).y_train
+    cut = split(labels, about.classes, trial.clients, trial.partition, trial.seed)
+    how = trial.partition
+    title = f"{trial.dataset}, {trial.clients} clients, {how.kind}"
+    title += f" alpha={how.alpha:g}" if "alpha" not in how.unread() else ""
+    console = Console()
+    console.print(f"{title}, seed {trial.seed}: {sum(map(len, cut.clients))} rows dealt, {len(cut.left)} left over")
+    for name, value in cut.statistics.items():
+        console.print(f"  {name:24} {value:.4g}", highlight=False)
+    console.print(f"  {'hash':24} {cut.digest}", highlight=False)
+    _shade(console, cut.counts, about.class_names)
+    try:
+        console.print(f"Heat map: {plots.partition_heatmap(cut.counts, title, out)}", soft_wrap=True, highlight=False)
+    except OSError as problem:
+        raise Refused(f"{out} can't be written: {problem.strerror or problem}; choose a place with --out") from None
+
+
+def _shade(console: Console, counts: np.ndarray[Any, np.dtype[np.int64]], class_names: tuple[str, ...]) -> None:
+    """Classes down, clients across, darker for more rows; as many clients as the line takes."""
+    width = max(map(len, class_names))
+    fits = max(1, console.width - width - 4)
+    top = max(1, int(counts.max()))
+    level = np.ceil(np.sqrt(counts / top) * (len(SHADES) - 1)).astype(int)
+    for c, name in enumerate(class_names[:40]):
+        console.print(f"  {name:>{width}} {''.join(SHADES[i] for i in level[:fits, c])}", highlight=False, markup=False)
+    if len(counts) > fits or len(class_names) > 40:
+        console.print(f"  (the first {min(fits, len(counts))} clients and {min(40, len(class_names))} classes)")
+
+
+def _methods(name: str | None) -> None:
+    if name is None:
+        return _list("methods", [(n, _first_line(registry.load(n))) for n in registry.names()])
+    method = registry.load(name)
+    console = Console()
+    console.print(_module_doc(method), highlight=False, markup=False)
+    console.print()
+    rows = [(f.name, str(f.default), str(f.type)) for f in fields(method)]  # type: ignore[arg-type]
+    if rows:
+        _grid(("hyper-parameter", "default", "type"), rows)
+    console.print(f"needs: {', '.join(sorted(method.needs)) or 'nothing'}", highlight=False)
+    return None
+
+
+def _datasets(name: str | None) -> None:
+    if name is None:
+        return _list("datasets", [(n, card(n).title) for n in cards.names("datasets")])
+    about = card(name).model_dump()
+    return _grid(("key", name), [(k, str(v)) for k, v in about.items()])
+
+
+def _nets(name: str | None) -> None:
+    shapes = [(card(d).shape, card(d).classes) for d in ("digits", "fashion-mnist", "cifar10")]
+    if name is not None and name not in nets.names():
+        raise unknown("net", name, nets.names())
+    rows = []
+    for one in [name] if name else nets.names():
+        counts = [_parameters(one, shape, classes) for shape, classes in shapes]
+        rows.append((one, *counts))
+    return _grid(("net", *(f"parameters at {'x'.join(map(str, s))}" for s, _ in shapes)), rows)
+
+
+def _parameters(net: str, shape: tuple[int, ...], classes: int) -> str:
+    try:
+        return f"{size(nets.build(net, shape, classes).init(stream('show'))):,}"
+    except Refused:
+        return "-"
+
+
+def _partitions(name: str | None) -> None:
+    kinds = get_args(config.Kind)
+    if name is not None and name not in kinds:
+        raise unknown("partition", name, kinds)
+    reads = config.Partition.READ_BY
+    rows = [(kind, ", ".join(k for k, by in reads.items() if kind in by) or "-") for kind in kinds]
+    return _grid(("partition.kind", "reads"), [row for row in rows if name in (None, row[0])])
+
+
+def _sweeps(name: str | None) -> None:
+    if name is None:
+        return _list("sweeps", [(n, cards.read("sweeps", n).get("title", "")) for n in cards.names("sweeps")])
+    planned = axes.load_sweep(name)
+    console = Console()
+    console.print(f"{planned.title or planned.name}: {len(planned.cells)} trials, axes {', '.join(planned.axes)}\n")
+    console.print(cards.find("sweeps", name).read_text(encoding="utf-8"), highlight=False, markup=False)
+    return None
+
+
+PAGES: dict[str, Callable[[str | None], None]] = {
+    "methods": _methods,
+    "datasets": _datasets,
+    "nets": _nets,
+    "partitions": _partitions,
+    "sweeps": _sweeps,
+}
+
+
+def _module_doc(method: type) -> str:
+    return inspect.getdoc(inspect.getmodule(method)) or ""
+
+
+def _first_line(method: type) -> str:
+    return _module_doc(method).splitlines()[0]
+
+
+def _list(title: str, rows: list[tuple[str, str]]) -> None:
+    _grid((title, ""), rows)
+
+
+def _grid(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table(show_edge=False, pad_edge=False)
+    for column in header:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table, markup=False)

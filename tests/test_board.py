@@ -1,0 +1,277 @@
+"""Leaderboards and pictures: known rows give known statistics, and nothing that failed disappears."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from harness import board, plots
+from harness.board import METRICS, Cell, markdown, table, write
+from harness.plots import grouped, learning_curves, partition_heatmap
+from harness.record import Store, headline
+from harness.refusal import Refused
+
+
+def commit(
+    store: Store,
+    method: str,
+    accuracies: dict[str, float],
+    seed: int = 0,
+    hyper: dict[str, Any] | None = None,
+    **more: Any,
+) -> str:
+    """A finished trial of 3 rounds whose roles all end at the accuracies given. more: trial columns and alpha."""
+    alpha, participation = more.pop("alpha", 0.1), more.pop("participation", 1.0)
+    config = {"method": method, "seed": seed, "hyper": hyper or {}, "dataset": "digits", "rounds": 3}
+    config |= {"participation": participation, "cohort": int(20 * participation), "partition": {"alpha": alpha}}
+    number = len(store.finished())
+    trial_id = f"{number:04d}"
+    rounds = [
+        {"trial_id": trial_id, "round": at, "role": role, "accuracy": value, "up_bytes": 10, "down_bytes": 0}
+        for at in range(3)
+        for role, value in accuracies.items()
+    ]
+    row = {
+        "trial_id": trial_id,
+        "status": "done",
+        "method": method,
+        "dataset": "digits",
+        "seed": seed,
+        "seconds": 2.0,
+    }
+    row |= {"config": json.dumps(config), "up_bytes": 2_000_000, "rules_version": 1} | headline(rounds, [0.7]) | more
+    store.commit(row, rounds, [])
+    return trial_id
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "sweep")
+
+
+def test_mean_deviation_and_interval_by_hand() -> None:
+    """70, 80, 90: mean 80, deviation 10; t(.975, 2) = 4.302653, so 80 -/+ 4.302653 * 10 / sqrt 3 = 24.841377."""
+    cell = Cell((70.0, 80.0, 90.0))
+    assert cell.mean == pytest.approx(80)
+    assert cell.deviation == pytest.approx(10)
+    assert cell.interval == pytest.approx((55.158623, 104.841377), abs=1e-6)
+    assert str(cell) == "80.00 ± 10.00 [55.16, 104.84] (n=3)"
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 12])
+def test_interval_is_scipys(n: int) -> None:
+    values = np.random.default_rng(n).normal(50, 4, n)
+    expected = stats.t.interval(0.95, n - 1, loc=values.mean(), scale=stats.sem(values))
+    assert Cell(tuple(values)).interval == pytest.approx(expected)
+
+
+def test_cells_without_enough_to_say() -> None:
+    assert str(Cell((71.5,))) == "71.50 (n=1)"
+    assert Cell((71.5,)).interval is None
+    assert str(Cell()) == "-"
+    assert str(Cell(failed=2, stopped=1)) == "2 failed, 1 stopped"
+    assert str(Cell((70.0, 72.0), failed=1)) == "71.00 ± 1.41 [58.29, 83.71] (n=2, 1 failed)"
+    assert str(Cell((3.0,), missing=1, how=board._how("rounds_to_0.7"))) == "3.0 (n=1, 1 not reached)"
+
+
+def test_methods_by_settings_with_a_row_for_each_model(store: Store) -> None:
+    for seed in (0, 1):
+        for alpha, gain in ((1.0, 0.1), (0.05, 0.0)):
+            commit(store, "fedavg", {"global": 0.5 + gain + seed / 50}, seed, alpha=alpha)
+            commit(store, "kdia", {"student": 0.6 + gain, "teacher": 0.7 + gain}, seed, {"tau": 2}, alpha=alpha)
+    found = table(store.path)
+    assert found.columns == ("alpha=0.05", "alpha=1.0")
+    assert found.rows == ("kdia (teacher)", "kdia (student)", "fedavg")
+    assert [[cell.values for cell in line] for line in found.cells] == [
+        [pytest.approx((70.0, 70.0)), pytest.approx((80.0, 80.0))],
+        [pytest.approx((60.0, 60.0)), pytest.approx((70.0, 70.0))],
+        [pytest.approx((50.0, 52.0)), pytest.approx((60.0, 62.0))],
+    ]
+    assert any("Fewer than 5 seeds (n = 2)" in note for note in found.notes)
+
+
+def test_hyper_parameters_that_vary_within_a_method_make_rows(store: Store) -> None:
+    for strength in (0.5, 1.0):
+        commit(store, "kdia", {"student": strength / 2}, hyper={"lambda_kd": strength, "tau": 2})
+    commit(store, "fedavg", {"global": 0.4})
+    assert table(store.path).rows == ("kdia lambda_kd=1.0", "fedavg", "kdia lambda_kd=0.5")
+    assert table(store.path).columns == ("digits",)  # nothing else varies
+
+
+def test_settings_are_in_the_order_of_their_values(store: Store) -> None:
+    for alpha in (10, 0.5, 2.0):
+        for participation in (0.5, 0.05):
+            commit(store, "fedavg", {"global": 0.5}, alpha=alpha, participation=participation)
+    expected = [f"participation={p}, alpha={a}" for p in (0.05, 0.5) for a in (0.5, 2.0, 10)]
+    assert list(table(store.path).columns) == expected  # without the cohort, which follows from the participation
+
+
+def test_keys_that_end_alike_are_spelled_out() -> None:
+    rows = [
+        {"trial_id": str(at), "method": "a", "dataset": "d", "config": json.dumps({"x": {"lr": at}, "y": {"lr": at}})}
+        for at in range(2)
+    ]
+    assert [place.setting for place in grouped(rows).values()] == ["x.lr=0, y.lr=0", "x.lr=1, y.lr=1"]
+
+
+def test_a_key_that_only_some_configs_have_makes_a_setting() -> None:
+    rows = [
+        {"trial_id": "0", "method": "a", "dataset": "d", "config": json.dumps({"seed": 1})},
+        {"trial_id": "1", "method": "a", "dataset": "d", "config": json.dumps({"seed": 1, "late": "yes"})},
+    ]
+    assert {place.setting for place in grouped(rows).values()} == {"late=null", "late=yes"}
+
+
+def test_failures_are_counted_and_explained(store: Store) -> None:
+    commit(store, "fedavg", {"global": 0.5}, 0)
+    commit(store, "fedavg", {"global": 0.9}, 1, status="stopped", reason="by the scheduler")
+    commit(
+        store,
+        "kdia",
+        {},
+        0,
+        status="failed",
+        reason="diverged | <script>alert(1)</script> [x](javascript:y)\nin round 3",
+    )
+    commit(store, "kdia", {}, 1, status="failed", reason="out of memory")
+    found = table(store.path)
+    assert found.rows == ("fedavg", "kdia")
+    assert [str(line[0]) for line in found.cells] == ["50.00 (n=1, 1 stopped)", "2 failed"]
+    assert sum("out of memory (0003)" in note for note in found.notes) == 1
+    text = markdown(store.path)
+    assert "<script" not in text
+    assert "diverged \\| &lt;script&gt;" in text
+    assert "\\[x\\](javascript" in text
+    assert "| kdia | 2 failed |" in text
+
+
+def test_a_name_can_not_break_the_table(store: Store) -> None:
+    commit(store, "a|b<i>", {"global": 0.5}, 0)
+    line = next(line for line in markdown(store.path).splitlines() if "50.00" in line)
+    assert line == "| a\\|b&lt;i&gt; | 50.00 (n=1) |"
+
+
+def test_the_order_follows_the_metric_and_gaps_come_last(store: Store) -> None:
+    for alpha in (0.1, 1.0):
+        commit(store, "steady", {"global": 0.6}, alpha=alpha, seconds=9.0)
+        commit(store, "weak", {"global": 0.5}, alpha=alpha, seconds=3.0)
+    commit(store, "easy-only", {"global": 0.9}, alpha=1.0, seconds=1.0)
+    assert table(store.path).rows == ("steady", "weak", "easy-only")
+    assert table(store.path, "seconds").rows == ("weak", "steady", "easy-only")
+
+
+def test_other_metrics_targets_and_costs(store: Store) -> None:
+    commit(store, "kdia", {"student": 0.75, "teacher": 0.6}, 0)
+    commit(store, "kdia", {"student": 0.65, "teacher": 0.6}, 1)
+    up = table(store.path, "up_bytes")
+    assert (up.rows, up.cells[0][0].values) == (("kdia",), pytest.approx((2.0, 2.0)))  # one row: the trial's, in MB
+    rounds = table(store.path, "rounds_to_0.7")
+    assert dict(zip(rounds.rows, [str(line[0]) for line in rounds.cells], strict=True)) == {
+        "kdia (student)": "1.0 (n=1, 1 not reached)",
+        "kdia (teacher)": "2 not reached",
+    }
+    assert table(store.path, "bytes_to_0.7").cells[0][0].values == pytest.approx((20e-6,))
+    with pytest.raises(Refused, match="Did you mean 'accuracy_best'"):
+        table(store.path, "acuracy_best")
+
+
+def test_markdown_has_a_table_per_metric_that_was_measured(store: Store) -> None:
+    commit(store, "fedavg", {"global": 0.75})
+    text = markdown(store.path)
+    titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert titles[0] == "Accuracy, mean over the last 10 rounds (%)"
+    assert "Rounds until accuracy 0.7 (rounds)" in titles
+    assert not [title for title in titles if "Own-label" in title]  # null in every row
+    for line in text.splitlines():
+        assert not line.startswith("|") or line.count("|") == 3
+    assert set(METRICS) >= {"accuracy_last10", "accuracy_last", "accuracy_best", "accuracy_auc"}
+
+
+def test_seeds_that_differ_and_mixed_code_are_said(store: Store) -> None:
+    for seed in range(6):
+        commit(store, "fedavg", {"global": 0.5}, seed, commit="c1")
+    assert not [note for note in table(store.path).notes if "seeds differs" in note or "Fewer" in note]
+    commit(store, "kdia", {"student": 0.5}, 0, commit="c2")
+    notes = " ".join(table(store.path).notes)
+    assert "from 1 to 6" in notes
+    assert "2 different versions of the code" in notes
+
+
+def test_write_makes_one_file_and_leaves_no_other(store: Store, tmp_path: Path) -> None:
+    commit(store, "fedavg", {"global": 0.5})
+    target = write(store.path)
+    assert target == store.path / "leaderboard.md"
+    assert target.read_text() == markdown(store.path)
+    assert sorted(item.name for item in store.path.iterdir()) == ["clients", "leaderboard.md", "rounds", "trials"]
+    target.unlink()
+    target.mkdir()
+    with pytest.raises(Refused, match="can't be written"):
+        write(store.path)
+    assert not list(store.path.glob(".*"))
+
+
+def test_no_results_are_refused(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="no trials yet"):
+        table(store.path)
+    with pytest.raises(Refused, match="there is no results folder"):
+        markdown(tmp_path / "absent")
+    with pytest.raises(Refused, match="no finished trial"):
+        learning_curves(store.path, tmp_path / "curves.png")
+
+
+def picture(path: Path) -> np.ndarray:
+    from matplotlib.image import imread
+
+    assert path.read_bytes().startswith(b"\x89PNG")
+    return np.asarray(imread(path))
+
+
+def test_heatmap_shows_who_holds_what(tmp_path: Path) -> None:
+    """Two clients, one class each: two coloured quarters on a diagonal, two white ones."""
+    image = picture(partition_heatmap(np.array([[9, 0], [0, 9]]), "title", tmp_path / "deep" / "map.png"))
+    image = image[:, : int(image.shape[1] * 0.85), :3]  # without the colour bar
+    full = np.abs(image - np.array([0x44, 0x01, 0x54]) / 255).max(axis=2) < 0.02  # viridis' end: the largest holding
+    rows, columns = np.nonzero(full)
+    held = full[rows.min() : rows.max(), columns.min() : columns.max()]
+    down, across = held.shape[0] // 2, held.shape[1] // 2
+    quarters = [[held[:down, :across], held[:down, across:]], [held[down:, :across], held[down:, across:]]]
+    assert [[quarter.mean() > 0.9 for quarter in line] for line in quarters] == [[True, False], [False, True]]
+    assert quarters[0][1].mean() < 0.05
+
+
+@pytest.mark.parametrize(("clients", "classes"), [(1, 1), (20, 10), (100, 10), (100, 100), (1000, 62)])
+def test_heatmaps_stay_of_a_size_that_can_be_looked_at(tmp_path: Path, clients: int, classes: int) -> None:
+    counts = np.random.default_rng(0).multinomial(300, np.full(classes, 1 / classes), size=clients)
+    height, width = picture(partition_heatmap(counts, "Dirichlet", tmp_path / "map.png")).shape[:2]
+    assert 400 < height < 3000
+    assert 900 < width < 4000
+
+
+def test_heatmap_of_nothing_held(tmp_path: Path) -> None:
+    assert picture(partition_heatmap(np.zeros((3, 4), int), "empty", tmp_path / "map.png")).size
+
+
+@pytest.mark.parametrize("count", [1, 9, 10, 62, 100, 1000, 100_000])
+def test_ticks_fit_their_room(count: int) -> None:
+    assert math.ceil(count / plots._stride(count, 20)) <= 20
+
+
+def test_curves_are_means_and_deviations_over_seeds(store: Store, tmp_path: Path) -> None:
+    for seed, accuracy in enumerate((0.4, 0.6)):
+        commit(store, "fedavg", {"global": accuracy}, seed)
+        commit(store, "kdia", {"student": accuracy + 0.1, "teacher": 0.9}, seed)
+    commit(store, "fedavg", {"global": 0.99}, 2, status="failed", reason="late crash")
+    lines = plots._curves(store, "accuracy")
+    assert sorted(set(lines["name"])) == ["fedavg", "kdia (student)", "kdia (teacher)"]
+    fedavg = lines[lines["name"] == "fedavg"]
+    assert list(fedavg["mean"]) == pytest.approx([0.5] * 3)
+    assert list(fedavg["std"]) == pytest.approx([np.std([0.4, 0.6], ddof=1)] * 3)
+    assert picture(learning_curves(store.path, tmp_path / "curves.png")).size
+    with pytest.raises(Refused, match="unknown metric"):
+        learning_curves(store.path, tmp_path / "curves.png", "acuracy")

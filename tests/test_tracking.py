@@ -1,0 +1,340 @@
+"""MLflow holds what the tables hold: once, whole, and without ever holding a sweep up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import tracking
+from harness.record import Store, headline
+from harness.tracking import Projection, Tracker, default_uri, masked
+
+
+@pytest.fixture(scope="module")
+def schema(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs: making its tables takes seconds, copying it nothing."""
+    folder = tmp_path_factory.mktemp("schema")
+    Projection(default_uri(folder / "none"), "none", Store(folder / "none"))
+    client = tracking._connect(default_uri(folder / "none"))
+    for run in runs(client):
+        client.delete_run(run.info.run_id)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def store(tmp_path: Path, schema: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(schema, tmp_path / "mlflow.db")
+    return Store(tmp_path / "sweep")
+
+
+def runs(client: Any) -> list[Any]:
+    experiment = client.get_experiment_by_name("fedstill").experiment_id
+    return list(client.search_runs([experiment], order_by=["attributes.start_time"]))
+
+
+def families(store: Store) -> tuple[list[Any], dict[str, Any]]:
+    """The parent runs, and the child runs by trial id (one each, or the test fails)."""
+    found = runs(tracking._connect(default_uri(store.path)))
+    parents = [run for run in found if "fedstill.sweep" in run.data.tags]
+    children = [run for run in found if "fedstill.sweep" not in run.data.tags]
+    named = {run.data.tags["fedstill.trial_id"]: run for run in children}
+    assert len(named) == len(children)
+    return parents, named
+
+
+def state(store: Store) -> list[tuple[Any, ...]]:
+    """All that a user can see of every run."""
+    found = runs(tracking._connect(default_uri(store.path)))
+    return [(vars(run.info), run.data.metrics, run.data.params, run.data.tags) for run in found]
+
+
+def commit(
+    store: Store, trial_id: str, roles: tuple[str, ...] = ("student", "teacher"), **more: Any
+) -> tuple[Any, Any]:
+    rounds = [
+        {"trial_id": trial_id, "round": at, "role": role, "recall": [0.5, 0.5], "up_kinds": "{}", "up_bytes": 0}
+        | {"accuracy": 0.1 * at if at % 2 else None, "down_bytes": 0, "seconds": 0.0}
+        | ({"up_bytes": 10, "steps": 5, "seconds": 2.0} if role == roles[0] else {})
+        for at in range(4)
+        for role in roles
+    ]
+    config = {"method": "kdia", "hyper": {"lambda_kd": 0.5, "names": ["a", "b"]}, "local": {"lr": 0.01}, "seed": 1}
+    fixed = {"trial_id": trial_id, "sweep": "sweep", "status": "done", "method": "kdia", "seed": 1, "alpha": 0.1}
+    fixed |= {"config": json.dumps(config), "started": "2025-01-01T00:00:00+00:00", "seconds": 8.5, "net": "mlp"}
+    trial = fixed | {"up_bytes": 40, "dataset": "digits"} | headline(rounds, [0.2, 0.9]) | more
+    store.commit(trial, rounds, [])
+    return trial, rounds
+
+
+def test_a_sweep_is_one_parent_with_a_run_per_trial(store: Store) -> None:
+    tracker = Tracker(None, "sweep", store.path)
+    for trial_id in ("aa", "bb"):
+        tracker.add(*commit(store, trial_id))
+    assert tracker.close() == []
+    (parent,), children = families(store)
+    assert (parent.info.run_name, parent.info.status) == ("sweep", "FINISHED")
+    assert set(children) == {"aa", "bb"}
+    run = children["aa"]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert run.data.params == {
+        "method": "kdia",
+        "hyper.lambda_kd": "0.5",
+        "hyper.names": '["a", "b"]',
+        "local.lr": "0.01",
+        "seed": "1",
+    }
+    tags = {"method": "kdia", "dataset": "digits", "alpha": "0.1", "seed": "1", "net": "mlp", "sweep": "sweep"}
+    assert tags.items() <= run.data.tags.items()
+    assert run.data.metrics["student_accuracy_last10"] == pytest.approx(0.2)
+    assert run.data.metrics["student_rounds_to_0.2"] == 4
+    assert "student_rounds_to_0.9" not in run.data.metrics  # never reached
+    assert run.data.metrics["total/up_bytes"] == 40
+    assert (run.info.start_time, run.info.end_time) == (1735689600000, 1735689608500)
+
+
+def test_metrics_are_by_round_and_their_time_is_the_trials_clock(store: Store) -> None:
+    tracker = Tracker(None, "sweep", store.path)
+    tracker.add(*commit(store, "aa"))
+    tracker.close()
+    run_id = families(store)[1]["aa"].info.run_id
+    client = tracking._connect(default_uri(store.path))
+    history = client.get_metric_history(run_id, "student/accuracy")
+    assert [(m.step, m.value) for m in history] == [(1, 0.1), (3, pytest.approx(0.3))]
+    assert [m.timestamp - 1735689600000 for m in history] == [4000, 8000]
+    # costs are of the round, whatever the number of models that were evaluated in it
+    assert [m.value for m in client.get_metric_history(run_id, "cost/up_bytes")] == [10.0] * 4
+    names = set(client.get_run(run_id).data.metrics)
+    assert not names & {"student/round", "student/up_bytes", "student/recall", "student/up_kinds", "seed", "alpha"}
+
+
+def test_running_twice_changes_nothing(store: Store) -> None:
+    rows = [commit(store, "aa"), commit(store, "bb", ("global",), status="failed", reason="diverged in round 3")]
+    seen = []
+    for handed_over in (rows, rows, []):  # the third time nothing was left to train
+        tracker = Tracker(None, "sweep", store.path)
+        for row in handed_over:
+            tracker.add(*row)
+        assert tracker.close() == []
+        seen.append(state(store))
+    assert len(seen[0]) == 3
+    assert seen[1] == seen[0]
+    assert seen[2] == seen[0]
+
+
+def test_a_row_from_the_trial_equals_the_row_read_back(store: Store) -> None:
+    """With a second method the table has more columns, and integers beside floats: neither is a difference."""
+    first, _ = commit(store, "aa", note=3, flag=True)
+    commit(store, "bb", ("global",), note=0.5)
+    back = store.rows("trials", "aa")[0]
+    united = next(row for row in store.rows("trials") if row["trial_id"] == "aa")
+    assert tracking._digest(first) == tracking._digest(back) == tracking._digest(united)
+    assert tracking._digest(first | {"seconds": 8.6}) != tracking._digest(first)
+
+
+def test_a_failed_and_a_stopped_trial_say_so(store: Store) -> None:
+    tracker = Tracker(None, "sweep", store.path)
+    tracker.add(*commit(store, "aa", status="failed", reason="out of memory " * 1000))
+    tracker.add(*commit(store, "bb", status="stopped", reason="by the scheduler"))
+    assert tracker.close() == []
+    children = families(store)[1]
+    assert (children["aa"].info.status, children["bb"].info.status) == ("FAILED", "KILLED")
+    assert children["aa"].data.tags["reason"].startswith("out of memory")
+    assert children["bb"].data.tags["reason"] == "by the scheduler"
+
+
+def test_a_retried_trial_takes_the_place_of_the_failed_one(store: Store) -> None:
+    tracker = Tracker(None, "sweep", store.path)
+    tracker.add(*commit(store, "aa", status="failed", reason="crash"))
+    tracker.close()
+    tracker = Tracker(None, "sweep", store.path)
+    tracker.add(*commit(store, "aa", seconds=9.0))
+    tracker.close()
+    (parent,), children = families(store)
+    assert (children["aa"].info.status, parent.info.status) == ("FINISHED", "FINISHED")
+    assert "reason" not in children["aa"].data.tags
+
+
+@pytest.mark.parametrize("cut", ["log_batch", "set_tag", "set_terminated", "create_run"])
+def test_a_run_half_written_by_a_crash_is_made_whole(store: Store, monkeypatch: pytest.MonkeyPatch, cut: str) -> None:
+    projection = Projection(default_uri(store.path), "sweep", store)
+    trial, rounds = commit(store, "aa")
+    original = getattr(projection._client, cut)
+
+    def crash(*args: Any, **more: Any) -> Any:
+        if cut == "create_run":  # the server made the run, its answer was lost
+            original(*args, **more)
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(projection._client, cut, crash)
+    with pytest.raises(ConnectionError):
+        projection.put(trial, rounds)
+    (parent,), children = families(store)
+    assert (children["aa"].info.status, parent.info.status) == ("RUNNING", "RUNNING")
+    assert Tracker(None, "sweep", store.path).close() == []
+    (parent,), children = families(store)
+    assert (children["aa"].info.status, parent.info.status) == ("FINISHED", "FINISHED")
+    assert children["aa"].data.metrics["student_accuracy_last10"] == pytest.approx(0.2)
+    assert children["aa"].data.params["hyper.lambda_kd"] == "0.5"
+    assert not Projection(default_uri(store.path), "sweep", store).reconcile()
+
+
+def test_what_is_missing_or_doubled_or_deleted_is_set_right(store: Store) -> None:
+    for trial_id in ("aa", "bb", "cc"):
+        commit(store, trial_id)
+    assert Projection(default_uri(store.path), "sweep", store).reconcile() == 3
+    client = tracking._connect(default_uri(store.path))
+    (parent,), children = families(store)
+    client.delete_run(children["aa"].info.run_id)
+    tags = {"fedstill.trial_id": "bb", "mlflow.parentRunId": parent.info.run_id}
+    client.create_run(parent.info.experiment_id, tags=tags)
+    assert Projection(default_uri(store.path), "sweep", store).reconcile() == 2
+    assert set(families(store)[1]) == {"aa", "bb", "cc"}
+    client.delete_experiment(parent.info.experiment_id)
+    # MLflow restores an experiment with every run that was ever deleted from it
+    Projection(default_uri(store.path), "sweep", store).reconcile()
+    assert set(families(store)[1]) == {"aa", "bb", "cc"}
+    assert Projection(default_uri(store.path), "sweep", store).reconcile() == 0
+
+
+def test_two_results_folders_do_not_share_runs(store: Store) -> None:
+    other = Store(store.path.with_name("other"))
+    for folder in (store, other):
+        commit(folder, "aa")
+        assert Tracker(None, "sweep", folder.path).close() == []
+    found = runs(tracking._connect(default_uri(store.path)))
+    assert sorted(run.info.run_name for run in found if "fedstill.sweep" in run.data.tags) == [
+        "sweep",
+        "sweep (other)",
+    ]
+    assert [run.data.tags.get("fedstill.trial_id") for run in found].count("aa") == 2
+
+
+def test_more_metrics_than_a_call_takes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "BATCH", 7)
+    commit(store, "aa")
+    sizes = []
+    projection = Projection(default_uri(store.path), "sweep", store)
+    original = projection._client.log_batch
+
+    def count(run_id: str, metrics: Any = (), **more: Any) -> None:
+        sizes.append(len(metrics))
+        original(run_id, metrics=metrics, **more)
+
+    monkeypatch.setattr(projection._client, "log_batch", count)
+    projection.reconcile()
+    assert max(sizes) == 7
+    assert len(sizes) > 3
+    run = families(store)[1]["aa"]
+    client = tracking._connect(default_uri(store.path))
+    assert len(client.get_metric_history(run.info.run_id, "cost/seconds")) == 4
+
+
+def test_local_artifacts_lie_beside_the_database(store: Store) -> None:
+    Projection(default_uri(store.path), "sweep", store)
+    client = tracking._connect(default_uri(store.path))
+    place = client.get_experiment_by_name("fedstill").artifact_location
+    assert place.endswith("/mlflow-artifacts")
+    assert not (Path.cwd() / "mlruns").exists()
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Takes the request, and lets it wait."""
+
+    def do_GET(self) -> None:
+        time.sleep(30)
+
+    do_POST = do_GET  # noqa: N815
+
+
+@pytest.fixture
+def slow() -> Iterator[int]:
+    server = HTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port
+    server.socket.close()
+
+
+def unused_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_a_slow_server_holds_nothing_up(tmp_path: Path, slow: int) -> None:
+    store = Store(tmp_path / "sweep")
+    tracker = Tracker(f"http://ann:s3cret@127.0.0.1:{slow}", "sweep", store.path)
+    row = commit(store, "aa")
+    start = time.monotonic()
+    for _ in range(500):  # far more than the queue holds
+        tracker.add(*row)
+    assert time.monotonic() - start < 0.5
+    problems = tracker.close(timeout=1.0)
+    assert time.monotonic() - start < 3
+    (problem,) = problems
+    assert "no answer for 1 s" in problem
+    assert "run the same command again" in problem
+    assert "s3cret" not in problem
+    assert f"***@127.0.0.1:{slow}" in problem
+
+
+def test_a_dead_server_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ann:s3cret@127.0.0.1:{unused_port()}")
+    store = Store(tmp_path / "sweep")
+    tracker = Tracker(None, "sweep", store.path)
+    tracker.add(*commit(store, "aa"))
+    start = time.monotonic()
+    (problem,) = tracker.close(timeout=30)
+    assert time.monotonic() - start < 20
+    assert "s3cret" not in problem
+    assert "the tables are complete" in problem
+
+
+def test_a_server_that_comes_back_gets_what_it_missed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, tries = tracking._connect, []
+
+    def down_once(uri: str) -> Any:
+        tries.append(uri)
+        if len(tries) == 1:
+            raise ConnectionError("refused")
+        return real(uri)
+
+    monkeypatch.setattr(tracking, "_connect", down_once)
+    tracker = Tracker(None, "sweep", store.path)
+    tracker.add(*commit(store, "aa"))
+    tracker.add(*commit(store, "bb"))
+    assert tracker.close() == []
+    assert set(families(store)[1]) == {"aa", "bb"}
+
+
+def test_a_damaged_table_is_a_message_not_a_crash(store: Store) -> None:
+    commit(store, "aa")
+    (store.path / "trials" / "aa.parquet").write_bytes(b"PAR1")
+    (problem,) = Tracker(None, "sweep", store.path).close()
+    assert "aa.parquet is damaged" in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://ann:pw@host:5000/x", "http://***@host:5000/x"),
+        ("postgresql://u:p/w@db/x", "postgresql://***@db/x"),
+        ("at http://u:p@ss@host and http://v:q@other", "at http://***@host and http://***@other"),
+        ("mysql://db/x?user=u&password=pw&ssl=1", "mysql://db/x?user=u&password=***&ssl=1"),
+        ("http://host?access_token=abc", "http://host?access_token=***"),
+        ("sqlite:////tmp/mlflow.db", "sqlite:////tmp/mlflow.db"),
+    ],
+)
+def test_credentials_are_masked(text: str, shown: str) -> None:
+    assert masked(text) == shown
