@@ -15,7 +15,19 @@ from torch import Generator, Tensor
 from algorithms.fedavg import FedAvg
 from harness.losses import Direction, cross_entropy, distill
 from harness.nets import Net
-from harness.protocol import Batch, Broadcast, Cohort, Decay, Inbox, NonNegative, Positive, Server, State, Update, World
+from harness.protocol import (
+    Batch,
+    Broadcast,
+    Cohort,
+    Decay,
+    Inbox,
+    NonNegative,
+    Positive,
+    Server,
+    State,
+    Update,
+    World,
+)
 from harness.trees import Tree, add, scale
 
 

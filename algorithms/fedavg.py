@@ -14,7 +14,19 @@ from torch import Generator, Tensor
 
 from harness.losses import cross_entropy
 from harness.nets import Net
-from harness.protocol import Algorithm, Batch, Broadcast, Cohort, Inbox, Server, State, Update, World, trees_of, weights
+from harness.protocol import (
+    Algorithm,
+    Batch,
+    Broadcast,
+    Cohort,
+    Inbox,
+    Server,
+    State,
+    Update,
+    World,
+    trees_of,
+    weights,
+)
 from harness.trees import Tree, mean
 
 

@@ -16,7 +16,19 @@ from torch import Generator, Tensor
 
 from algorithms.fedavg import FedAvg
 from harness.nets import Net
-from harness.protocol import Batch, Broadcast, Cohort, Inbox, Positive, Server, State, Trained, Update, World, trees_of
+from harness.protocol import (
+    Batch,
+    Broadcast,
+    Cohort,
+    Inbox,
+    Positive,
+    Server,
+    State,
+    Trained,
+    Update,
+    World,
+    trees_of,
+)
 from harness.trees import Tree, add, dot, mean, sub, tree_map, zeros
 
 

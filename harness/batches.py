@@ -70,5 +70,5 @@ def passes(rows: int, batch: int, epochs: int, drop_last: bool, rng: Generator) 
     """
     for _ in range(epochs):
         order = torch.randperm(rows, generator=rng, device=rng.device)
-        chunks = order.split(batch)
+        chunks = torch.split(order, batch)
         yield from chunks[:-1] if drop_last and len(chunks) > 1 and len(chunks[-1]) < batch else chunks

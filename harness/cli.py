@@ -45,7 +45,7 @@ def sweep(
 
 @app.command()
 def run(
-    method: Annotated[str, typer.Argument(help="a method (fedstill show methods) or the path of a method's .py file")],
+    method: Annotated[str, typer.Argument(help="a method (fedstill show methods) or a path to its .py file")],
     overrides: Overrides = None,
     results: Results = None,
 ) -> None:
@@ -101,7 +101,7 @@ def _run(planned: Sweep, results: Path | None) -> None:
         try:
             outcome = run_cells(planned, folder, display)
         except KeyboardInterrupt:
-            console.print("\nInterrupted. What has ended is kept; the same command goes on from there.", style="yellow")
+            console.print("\nInterrupted. What has ended is kept: the same command goes on.", style="yellow")
             raise
     for problem in outcome.problems:
         console.print(problem, style="yellow", highlight=False)

@@ -19,6 +19,7 @@ from harness.trees import Tree
 
 BINS = 15  # of the expected calibration error, Guo et al. 2017
 Vector = np.ndarray[Any, np.dtype[np.float64]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def count_logits(logits: Tensor, y: Tensor) -> Counts:
     )
 
 
-def metrics(counts: Counts, tail: Vector) -> dict[str, Any]:
+def metrics(counts: Counts, tail: Mask) -> dict[str, Any]:
     """The metrics of a model on a test set.
 
     tail: [C] of bool, the classes with the fewest training rows. Shares are in [0, 1], the loss in nats a row.
@@ -76,7 +77,7 @@ def metrics(counts: Counts, tail: Vector) -> dict[str, Any]:
     total = counts.rows.sum()
     recall = np.divide(counts.hits, counts.rows, out=np.full_like(counts.rows, np.nan), where=there)
     f1 = 2 * counts.hits[there] / (counts.rows[there] + counts.predicted[there])
-    of_tail = recall[there & tail.astype(bool)]
+    of_tail = recall[there & tail]
     return {
         "accuracy": float(counts.hits.sum() / total),
         "balanced_accuracy": float(recall[there].mean()),
@@ -106,9 +107,9 @@ def own_label_metrics(recall: Vector, mixes: Vector) -> dict[str, float]:
     }
 
 
-def tail_classes(train_rows: Vector, share: float) -> Vector:
+def tail_classes(train_rows: Vector, share: float) -> Mask:
     """[C] of bool: the `share` of classes with the fewest training rows, at least one; ties by class number."""
     picked = np.argsort(train_rows, kind="stable")[: max(1, round(share * len(train_rows)))]
     mask = np.zeros(len(train_rows), dtype=bool)
     mask[picked] = True
-    return mask  # type: ignore[return-value]
+    return mask

@@ -99,7 +99,7 @@ def descend(start: Tree, loss: StepLoss, batches: Iterable[Batch], optimizer: Op
     for batch in batches:
         weights.gradient.zero_()
         value, metrics = loss(weights.tree, batch)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         step()
         steps += 1
         samples += len(batch.y)
@@ -137,7 +137,7 @@ def visit_batches(
     """
     told: dict[str, Tensor] = {}
     if rows.augment is None:
-        parts = [method.teach(net, x, inbox, memory) for x in rows.x.split(max(batch, 256))]
+        parts = [method.teach(net, x, inbox, memory) for x in torch.split(rows.x, max(batch, 256))]
         told = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     for index in passes(len(rows), batch, epochs if phase.epochs is None else phase.epochs, drop_last, streams.order):
         x = rows.x[index]

@@ -171,7 +171,9 @@ class Server:
             raise Diverged(f"diverged: the update of client {visit.client} in round {self.round} is not finite")
         self.memories[visit] = memory
         parts = (broadcast.shared, broadcast.by_role.get(visit.role, {}), broadcast.personal.get(visit, {}))
-        down = reduce(_merge_counts, (bytes_by_kind(part) for part in parts), {})
+        down: dict[str, int] = {}
+        for part in parts:
+            down = _merge_counts(down, bytes_by_kind(part))
         self._book_client(report, down, cost)
         return Update(visit, report.samples, report.steps, payload, report.metrics)
 

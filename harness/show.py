@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
@@ -48,7 +48,8 @@ def _shade(console: Console, counts: np.ndarray[Any, np.dtype[np.int64]], class_
     top = max(1, int(counts.max()))
     level = np.ceil(np.sqrt(counts / top) * (len(SHADES) - 1)).astype(int)
     for c, name in enumerate(class_names[:40]):
-        console.print(f"  {name:>{width}} {''.join(SHADES[i] for i in level[:fits, c])}", highlight=False, markup=False)
+        shades = "".join(SHADES[i] for i in level[:fits, c])
+        console.print(f"  {name:>{width}} {shades}", highlight=False, markup=False)
     if len(counts) > fits or len(class_names) > 40:
         console.print(f"  (the first {min(fits, len(counts))} clients and {min(40, len(class_names))} classes)")
 
@@ -128,11 +129,11 @@ def _first_line(method: type) -> str:
     return _module_doc(method).splitlines()[0]
 
 
-def _list(title: str, rows: list[tuple[str, str]]) -> None:
+def _list(title: str, rows: Sequence[tuple[str, str]]) -> None:
     _grid((title, ""), rows)
 
 
-def _grid(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(show_edge=False, pad_edge=False)
     for column in header:
         table.add_column(column, overflow="fold")

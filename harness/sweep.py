@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -155,7 +155,7 @@ def _check_room(how: Execution, supply: Mapping[str, float]) -> None:
 def _start_ray(how: Execution) -> None:
     os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
     where: dict[str, Any] = {"address": how.address} if how.address else {"include_dashboard": False}
-    ray.init(**where, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+    ray.init(**where, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
     _check_room(how, ray.cluster_resources())
 
 
@@ -197,10 +197,10 @@ class Scribe(tune.Callback):
         self.hashes = {name: arrays.checksum() for name, arrays in sets.items()}
         self.origin = provenance()
 
-    def __reduce__(self) -> tuple[type, tuple[()]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return tune.Callback, ()  # Tune pickles its callbacks for its own restore, which is never used
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Row, **_: Any) -> None:
         """Shows progress; books a trial that has ended."""
         cell = self.todo[trial.config["cell"]]
         tables = result.pop("tables", None)
@@ -253,4 +253,3 @@ class Scribe(tune.Callback):
             **{key: sum(row[key] for row in rounds) for key in totals},
             **headline(rounds, cell.evaluation.targets),
         }
-
