@@ -63,12 +63,15 @@ class Rows:
         return len(self.y)
 
 
-def passes(rows: int, batch: int, epochs: int, drop_last: bool, rng: Generator) -> Iterator[Tensor]:
-    """Index batches [<= batch] of `epochs` passes, each pass in a new order.
+def passes(rows: int, batch: int, epochs: float, drop_last: bool, rng: Generator) -> Iterator[Tensor]:
+    """Index batches [<= batch] of `epochs` passes, each in a new order; part of a pass is that share of its batches.
 
     With `drop_last` the short batch at the end of a pass is left out, but never the only one.
     """
-    for _ in range(epochs):
+    for epoch in range(math.ceil(epochs)):
         order = torch.randperm(rows, generator=rng, device=rng.device)
         chunks = torch.split(order, batch)
-        yield from chunks[:-1] if drop_last and len(chunks) > 1 and len(chunks[-1]) < batch else chunks
+        if drop_last and len(chunks) > 1 and len(chunks[-1]) < batch:
+            chunks = chunks[:-1]
+        share = min(1.0, epochs - epoch)
+        yield from chunks[: max(1, round(share * len(chunks)))]

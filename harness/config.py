@@ -8,91 +8,17 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args, get_type_hints
+from typing import Annotated, Any, TypeAlias, get_type_hints
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError
 
 from harness import RULES_VERSION, cards, nets, registry
 from harness.refusal import Refused, unknown
+from harness.sections import Count, Evaluation, Execution, Fleet, Holdout, Kind, Local, Partition, Proxy, Share, Text
 from harness.settings import RULES, Settings, Unfit, check, unfit
 
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Concentration = Annotated[float, Field(gt=0, le=1e6)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]
 Scalar: TypeAlias = bool | int | float | str | None
-Kind = Literal[
-    "iid",
-    "dirichlet",
-    "dirichlet-capped",
-    "dirichlet-grouped",
-    "dirichlet-client",
-    "shards",
-    "pathological",
-    "quantity",
-    "quantity-dirichlet",
-]
-
-
-class Partition(Settings):
-    """How the training rows are dealt to the clients. A kind reads only the fields that its rule needs."""
-
-    kind: Kind = "dirichlet"
-    alpha: Concentration = 0.5  # Dirichlet concentration of the labels
-    min_samples: Annotated[int, Field(ge=0, le=2**31 - 1)] = 10  # rows that every client gets at least
-    shards_per_client: Count = 2
-    classes_per_client: Count = 2
-    size_alpha: Concentration = 0.5  # Dirichlet concentration of the clients' sizes
-    group: Count = 10  # clients in a group of dirichlet-grouped
-    fraction: Share = 1.0  # share of the training rows used
-    long_tail: Annotated[float, Field(ge=1, le=1e6)] = 1.0  # rows of the largest class / smallest, before the deal
-    shift: Literal["none", "rotation", "noise"] = "none"  # feature shift between clients
-    shift_level: Annotated[float, Field(ge=0, le=360)] = 0.0  # rotation: degrees; noise: sigma
-
-    # The kinds that read a field; fields that are not listed are read by all.
-    READ_BY: ClassVar[Mapping[str, frozenset[str]]] = MappingProxyType(
-        {
-            "alpha": frozenset(k for k in get_args(Kind) if "dirichlet" in k),
-            "shards_per_client": frozenset({"shards"}),
-            "classes_per_client": frozenset({"pathological"}),
-            "size_alpha": frozenset({"pathological", "quantity", "quantity-dirichlet"}),
-            "group": frozenset({"dirichlet-grouped"}),
-        }
-    )
-
-    def unread(self) -> frozenset[str]:
-        """The fields that change nothing under this kind and shift."""
-        names = {name for name, kinds in self.READ_BY.items() if self.kind not in kinds}
-        return frozenset(names | ({"shift_level"} if self.shift == "none" else set()))
-
-    def canonical(self) -> Partition:
-        """The same partition with unread fields at their defaults: equal partitions get one spelling, one hash."""
-        return self.model_copy(update={name: type(self).model_fields[name].default for name in self.unread()})
-
-
-class Local(Settings):
-    """The clients' optimizer (SGD) and data order: one budget for every method."""
-
-    epochs: Count = 5
-    batch: Count = 64
-    lr: Positive = 0.01
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    lr_decay: Share = 1.0  # factor per round
-    augment: bool = True
-    drop_last: bool = False
-
-
-class Evaluation(Settings):
-    """When and how models are measured on the global test set. tail: share of the classes that count as tail."""
-
-    every: Count = 1  # rounds; the last one is always evaluated
-    batch: Count = 1000
-    tail: Share = 0.3
-    # A TOML list becomes a tuple; its members stay strict.
-    targets: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = ()
+__all__ = ["Evaluation", "Execution", "Fleet", "Holdout", "Kind", "Local", "Partition", "Proxy", "Trial", "resolve"]
 
 
 class Trial(Settings):
@@ -109,36 +35,11 @@ class Trial(Settings):
     rounds: Count = 50
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     partition: Partition = Partition()
+    holdout: Holdout = Holdout()
+    proxy: Proxy = Proxy()
+    fleet: Fleet = Fleet()
     local: Local = Local()
     evaluation: Evaluation = Evaluation()
-
-
-class Execution(Settings):
-    """Where and how trials run. Never part of the hash: no setting here may change a number."""
-
-    hosts: Annotated[int, Field(ge=0, le=10**5)] = 0  # 0: train inline in the server
-    cpus_per_host: Positive = 1.0
-    cpus_per_server: Annotated[float, Field(ge=0)] | None = None  # None: see `server_cpus`
-    gpus_per_host: Annotated[float, Field(ge=0)] = 0.0
-    gpus_per_server: Annotated[float, Field(ge=0)] = 0.0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    parallel: Annotated[int, Field(ge=0, le=10**5)] = 0  # trials at once; 0: what fits
-    address: Text = ""  # of a Ray cluster, or "auto"; empty: start one here
-    data: Text = ""  # folder of the data sets
-    mlflow: bool = True
-
-    @property
-    def server_cpus(self) -> float:
-        """Cores of the server: as set, else one when it trains itself and none when hosts do."""
-        return float(self.hosts == 0) if self.cpus_per_server is None else self.cpus_per_server
-
-    @field_validator("gpus_per_host", "gpus_per_server")
-    @classmethod
-    def _placeable(cls, gpus: float) -> float:
-        # Other fractions than 1/n can hang on several nodes (ray#20933). 0.33 is a third: three nearly fill a GPU.
-        if gpus.is_integer() or (1e-4 <= gpus < 1 and gpus * int(1 / gpus + 1e-9) > 0.97):
-            return gpus
-        raise ValueError("must be 0, 1/n (0.5, 0.25, 0.2, ...) or a whole number of GPUs")
 
 
 def resolve(raw: Mapping[str, Any]) -> Trial:
@@ -152,7 +53,7 @@ def resolve(raw: Mapping[str, Any]) -> Trial:
     settings = {"hyper": {}, **raw}
     trial = check(Trial, {k: v for k, v in settings.items() if k != "hyper"})
     method, source = _method(trial)
-    return trial.model_copy(
+    whole = trial.model_copy(
         update={
             "method": method,
             "source": source,
@@ -162,6 +63,8 @@ def resolve(raw: Mapping[str, Any]) -> Trial:
             **_cohort(trial),
         }
     )
+    _check_needs(whole)
+    return whole
 
 
 def digest(trial: Trial) -> str:
@@ -243,15 +146,52 @@ def _net(trial: Trial) -> str:
     """The net's name, "auto" replaced by the data card's; refused when it cannot take the data."""
     if trial.dataset not in cards.names("datasets"):
         raise Unfit("dataset", str(unknown("dataset", trial.dataset, cards.names("datasets"))))
-    card = cards.read("datasets", trial.dataset)
-    name: str = card["default_net"] if trial.net == "auto" else trial.net
+    auto: str = cards.read("datasets", trial.dataset)["default_net"]
+    name = auto if trial.net == "auto" else trial.net
     if name not in nets.names():
         raise Unfit("net", str(unknown("net", name, ("auto", *nets.names()))))
     try:
-        nets.build(name, tuple(card["shape"]), card["classes"])
+        nets.build(name, *_rows_of(trial.dataset))
     except Refused as error:
         raise Unfit("net", f"net {name} on {trial.dataset}: {error}") from error
     return name
+
+
+def _check_needs(trial: Trial) -> None:
+    """What the method needs of a trial, and what the settings need of the data card."""
+    label, needs = registry.label(trial.method), registry.load(trial.method).needs
+    if trial.proxy.source == "none" and needs & {"proxy", "labelled_proxy"}:
+        raise Unfit(
+            "proxy.source", f"method {label} needs data on the server: set proxy.source=train proxy.rows=1000"
+        )
+    if not trial.holdout.test and "private_test" in needs:
+        raise Unfit("holdout.test", f"method {label} keeps a model per client: set holdout.test=0.2 to measure them")
+    if not trial.holdout.validation and "validation" in needs:
+        raise Unfit("holdout.validation", f"method {label} needs validation rows: set holdout.validation=0.1")
+    levels = [_net(trial.model_copy(update={"net": name})) for name in trial.fleet.nets]
+    if len(set(levels)) > 1 and "one_net" in needs:
+        raise Unfit("fleet.nets", f"method {label} needs one net for all clients, not {', '.join(levels)}")
+    shape, classes = _rows_of(trial.dataset)
+    widths = {nets.build(name, shape, classes).latent_width for name in levels}
+    if len(widths) > 1 and "same_latent" in needs:
+        raise Unfit("fleet.nets", f"method {label} needs nets of one latent width, not {sorted(widths)}")
+    if trial.proxy.source not in ("none", "train"):
+        if trial.proxy.source not in cards.names("datasets"):
+            raise Unfit(
+                "proxy.source", str(unknown("data set", trial.proxy.source, ["train", *cards.names("datasets")]))
+            )
+        if _rows_of(trial.proxy.source)[0] != shape:
+            raise Unfit(
+                "proxy.source", f"rows of {trial.proxy.source} do not have the shape {shape} of {trial.dataset}"
+            )
+        if "labelled_proxy" in needs:
+            raise Unfit("proxy.source", f"method {label} needs labels of {trial.dataset}: set proxy.source=train")
+
+
+def _rows_of(dataset: str) -> tuple[tuple[int, ...], int]:
+    """Shape and classes of a data set."""
+    card = cards.read("datasets", dataset)
+    return tuple(card["shape"]), card["classes"]
 
 
 def _cohort(trial: Trial) -> dict[str, Any]:

@@ -94,11 +94,16 @@ def own_label_metrics(recall: Vector, mixes: Vector) -> dict[str, float]:
     """Accuracy that each client would see on its own label mix, from the global model's recall.
 
     recall: [C] with NaN for classes without test rows; mixes: [N, C] rows that add up to 1. A client whose labels
-    have no test rows is left out. Mean, mean of the worst tenth (at least one client), standard deviation.
+    have no test rows is left out.
     """
     known = ~np.isnan(recall)
     covered = mixes[:, known].sum(1)
     scores = (mixes[:, known] @ recall[known])[covered > 0] / covered[covered > 0]
+    return spread(scores)
+
+
+def spread(scores: Vector) -> dict[str, float]:
+    """Mean over clients [N], mean of the worst tenth (at least one client), standard deviation."""
     worst = np.sort(scores)[: max(1, round(len(scores) / 10))]
     return {
         "own_label_accuracy": float(scores.mean()),

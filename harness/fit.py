@@ -6,9 +6,10 @@ optimizer step is therefore a handful of operations however many layers a net ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -16,8 +17,8 @@ from torch import Generator, Tensor
 from harness.batches import Rows, augment, passes
 from harness.layers import BUFFERS
 from harness.nets import Net
-from harness.protocol import Algorithm, Batch, Inbox, Phase
-from harness.trees import Tree, leaves, tree_map
+from harness.protocol import Algorithm, Batch, Inbox, Phase, Source, World
+from harness.trees import Tree, leaves, stream, tree_map
 
 StepLoss = Callable[[Tree, Batch], tuple[Tensor, dict[str, Tensor]]]
 Kind = Literal["sgd", "adam"]
@@ -60,24 +61,32 @@ class Optimizer:
     lr: float = 0.01
     momentum: float = 0.0
     weight_decay: float = 0.0
+    clip: float = 0.0  # largest norm of a gradient; 0: as it is
 
-    def bind(self, weights: Weights) -> Callable[[], None]:
-        """A fresh optimizer: what it returns takes one step along the gradient that lies in `weights`."""
+    def bind(self, weights: Weights) -> Callable[[float], None]:
+        """A fresh optimizer: what it returns takes a step along `weights.gradient`, at a factor of the rate."""
         if self.kind == "adam":
             flat = torch.nn.Parameter(weights.vector)
             flat.grad = weights.gradient
             adam = torch.optim.Adam([flat], lr=self.lr, weight_decay=self.weight_decay, foreach=False)
-            return lambda: adam.step() and None
-        velocity = torch.zeros_like(weights.vector) if self.momentum else None
-        return lambda: self._descend(weights.vector, weights.gradient, velocity)
 
-    def _descend(self, w: Tensor, g: Tensor, velocity: Tensor | None) -> None:
+            def step(factor: float) -> None:
+                adam.param_groups[0]["lr"] = self.lr * factor
+                adam.step()
+
+            return step
+        velocity = torch.zeros_like(weights.vector) if self.momentum else None
+        return lambda factor: self._descend(weights.vector, weights.gradient, velocity, factor)
+
+    def _descend(self, w: Tensor, g: Tensor, velocity: Tensor | None, factor: float) -> None:
         with torch.no_grad():
+            if self.clip:
+                g.mul_(torch.clamp(self.clip / (g.norm() + 1e-6), max=1.0))
             if self.weight_decay:
                 g.add_(w, alpha=self.weight_decay)
             if velocity is not None:
                 g = velocity.mul_(self.momentum).add_(g)
-            w.add_(g, alpha=-self.lr)
+            w.add_(g, alpha=-self.lr * factor)
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,14 @@ class Fitted:
     metrics: dict[str, Tensor]
 
 
-def descend(start: Tree, loss: StepLoss, batches: Iterable[Batch], optimizer: Optimizer) -> Fitted:
-    """One optimizer step per batch, from a copy of `start`."""
+def descend(
+    start: Tree,
+    loss: StepLoss,
+    batches: Iterable[Batch],
+    optimizer: Optimizer,
+    schedule: Callable[[int], float] | None = None,
+) -> Fitted:
+    """One optimizer step per batch, from a copy of `start`. schedule: step -> factor of the rate."""
     weights = Weights(start)
     step = optimizer.bind(weights)
     seen: dict[str, list[Tensor]] = {}
@@ -100,7 +115,7 @@ def descend(start: Tree, loss: StepLoss, batches: Iterable[Batch], optimizer: Op
         weights.gradient.zero_()
         value, metrics = loss(weights.tree, batch)
         value.backward()
-        step()
+        step(1.0 if schedule is None else schedule(steps))
         steps += 1
         samples += len(batch.y)
         for name, metric in (("loss", value), *metrics.items()):
@@ -127,7 +142,7 @@ def visit_batches(
     streams: Streams,
     *,
     batch: int,
-    epochs: int,
+    epochs: float,
     drop_last: bool,
 ) -> Iterable[Batch]:
     """The batches of a phase with everything beside their rows.
@@ -147,3 +162,57 @@ def visit_batches(
             x = augment(x, rows.augment, streams.augment)
             extra = method.teach(net, x, inbox, memory)
         yield method.draw(net, Batch(x, rows.y[index], extra, phase=phase.name), inbox, memory, streams.draw)
+
+
+@dataclass
+class Workbench:
+    """Implements `protocol.Bench`, and with a world and a round `protocol.Server`; counts what is spent."""
+
+    key: tuple[object, ...]  # of its streams
+    device: torch.device
+    label_counts: Tensor
+    sources: Mapping[str, Callable[[], Rows]]  # made only when asked for
+    world: World
+    batch: int = 256
+    round: int = 0
+    steps: int = 0
+    samples: int = 0
+
+    def rng(self, purpose: str) -> Generator:
+        """A stream of the bench's key and the purpose."""
+        return stream(*self.key, purpose, device=self.device)
+
+    @torch.no_grad()
+    def scan(self, fn: Callable[[Tensor, Tensor], Any], source: Source = "private") -> list[Any]:
+        """fn(x, y) in batches, in order."""
+        rows = self.sources[source]()
+        self.samples += len(rows)
+        parts = (torch.split(part, self.batch) for part in (rows.x, rows.y))
+        return [fn(x, y) for x, y in zip(*parts, strict=True)]
+
+    def sample(self, size: int, rng: Generator, source: Source = "proxy") -> Batch:
+        """Some rows of a source."""
+        rows = self.sources[source]()
+        index = torch.randperm(len(rows), generator=rng, device=rng.device)[:size]
+        return Batch(rows.x[index], rows.y[index])
+
+    def fit(
+        self,
+        p: Tree,
+        loss: Callable[[Tree, Batch], Tensor],
+        draw: Callable[[int], Batch],
+        steps: int,
+        *,
+        optimizer: Kind = "adam",
+        lr: float,
+        weight_decay: float = 0.0,
+        cosine: bool = False,
+    ) -> Tree:
+        """`steps` steps on `loss` from `p`."""
+        rule = Optimizer(optimizer, lr, weight_decay=weight_decay)
+        schedule = (lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)) if cosine else None
+        batches = (draw(step) for step in range(steps))
+        fitted = descend(p, lambda tree, batch: (loss(tree, batch), {}), batches, rule, schedule)
+        self.steps += fitted.steps
+        self.samples += fitted.samples
+        return fitted.tree

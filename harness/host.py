@@ -3,110 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from harness import registry
 from harness.batches import Rows, normalise, rotate
-from harness.config import Trial
 from harness.data import Arrays, card
-from harness.evaluate import Counts, count
-from harness.fit import Fitted, Optimizer, Streams, descend, visit_batches
-from harness.nets import Net, build
-from harness.partitions import Split, shift
-from harness.protocol import Inbox, Phase, Trained, Visit, World
-from harness.trees import Parcel, Tree, bytes_by_kind, finite, numpy_stream, stream, to
-
-
-@dataclass(frozen=True)
-class Setup:
-    """All that a host needs to know of a trial."""
-
-    trial: Trial
-    arrays: Arrays
-    split: Split
-
-
-@dataclass(frozen=True)
-class Order:
-    """One visit as a piece of work. `inboxes` are the keys of the parts of its inbox, for reuse within a round."""
-
-    visit: Visit
-    round: int
-    net: str
-    lr: float
-    inboxes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a visit cost and showed. samples: rows of the client; seen: rows passed through training steps."""
-
-    visit: Visit
-    samples: int
-    steps: int
-    seen: int
-    metrics: dict[str, float]
-    up_kinds: dict[str, int]
-    seconds: float
-    finite: bool
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A slice of the test set to score."""
-
-    net: str
-    model: str  # key of the parameters, for reuse between shards
-    start: int
-    stop: int
-
-
-Answer = tuple[Report, Tree, Tree]
-
-
-class Pool(Protocol):
-    """Hosts to give work to. Handles stand for trees that may lie on another machine; tickets for work under way."""
-
-    def put(self, tree: Tree) -> Any:
-        """Makes a tree available to the hosts; returns its handle."""
-
-    def fetch(self, handle: Any) -> Tree:
-        """The tree behind a handle."""
-
-    def visit(self, order: Order, parts: Sequence[Any], memory: Any | None) -> Any:
-        """Sends a client's work off; returns a ticket. `parts`, `memory`: handles."""
-
-    def answer(self, ticket: Any) -> tuple[Report, Tree, Any]:
-        """Waits for a visit: its report, its payload and the handle of the client's next memory."""
-
-    def score(self, shard: Shard, params: Any) -> Any:
-        """Sends a shard of the evaluation off, to be done when no client waits; returns a ticket."""
-
-    def counts(self, ticket: Any) -> Counts:
-        """Waits for a shard."""
-
-
-def make_world(trial: Trial, arrays: Arrays, split: Split, needs: frozenset[str]) -> World:
-    """What the method may know of a trial."""
-    shape, classes = arrays.x_train.shape[1:], split.counts.shape[1]
-    return World(
-        clients=trial.clients,
-        classes=classes,
-        rounds=trial.rounds,
-        sizes=tuple(len(rows) for rows in split.clients),
-        batch=trial.local.batch,
-        epochs=trial.local.epochs,
-        lr=trial.local.lr,
-        momentum=trial.local.momentum,
-        net=lambda name: build(name, shape, classes),
-        default_net=trial.net,
-        counts=split.counts if "label_counts" in needs else None,
-    )
+from harness.evaluate import Counts, count_logits
+from harness.fit import Fitted, Optimizer, Streams, Workbench, descend, visit_batches
+from harness.nets import Net
+from harness.partitions import shift
+from harness.protocol import Inbox, Trained
+from harness.trees import Parcel, Tree, bytes_by_kind, finite, numpy_stream, to
+from harness.work import Answer, Order, Personal, Report, Setup, Shard, make_world, proxy_rows
 
 
 class ClientHost:
@@ -116,14 +29,15 @@ class ClientHost:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)  # dying activations would otherwise slow training sevenfold
         self.device = torch.device(device)
+        self._arrays: Arrays | None = None
 
     def load(self, setup: Setup) -> None:
         """Begins a trial. Data that is on the device already stays there."""
-        self.trial, self.split = setup.trial, setup.split
+        self.setup, self.trial = setup, setup.trial
         self.method = registry.make(setup.trial.method, setup.trial.hyper)
-        self.world = make_world(setup.trial, setup.arrays, setup.split, self.method.needs)
+        self.world = make_world(setup, self.method.needs)
         self.card = card(setup.trial.dataset)
-        if getattr(self, "_arrays", None) is not setup.arrays:
+        if self._arrays is not setup.arrays:
             self._arrays = setup.arrays
             # A copy: arrays from the object store lie in shared memory that must not be written to.
             self.x_train = torch.tensor(setup.arrays.x_train, device=self.device)
@@ -131,58 +45,88 @@ class ClientHost:
             self.x_test = torch.tensor(setup.arrays.x_test, device=self.device)
             self.y_test = torch.tensor(setup.arrays.y_test, device=self.device)
         self.shifts = shift(setup.trial.partition, setup.trial.clients, setup.trial.seed)
+        self._proxy: Rows | None = None
         self._opened: dict[str, Tree] = {}
         self._round = -1
 
     def visit(self, order: Order, parts: Sequence[Tree | Parcel], memory: Tree | Parcel | None) -> Answer:
         """One client's round: inbox and memory in, report, payload and next memory out."""
         started = time.perf_counter()
-        net, inbox = self.world.net(order.net), self._inbox(order, parts)
-        key = (self.trial.seed, "visit", order.round, order.visit.client, order.visit.role)
-        if memory is None:
-            before = self.method.remember(net, inbox, stream(*key, "memory", device=self.device))
-        else:
-            before = self._tree(memory)
-        rows = self._rows(order.visit.client)
-        streams = Streams(*(stream(*key, name, device=self.device) for name in ("order", "augment", "draw")))
-        start = self.method.start(net, inbox, before)
-        fitted = Fitted(start, 0, 0, {})
-        for phase in self.method.plan(self.world):
-            fitted = _join(fitted, self._train(net, fitted.tree, inbox, before, phase, rows, streams, order.lr))
+        net, received = self.world.net(order.net), self._inbox(order, parts)
+        bench = self._bench(order)
+        before = self.method.remember(net, received, bench.rng("memory")) if memory is None else self._tree(memory)
+        start = self.method.start(net, received, before)
+        inbox = self.method.prepare(net, received, before, bench)
+        fitted = self._train(net, start, inbox, before, bench, order.lr)
+        rows = bench.sources["private"]()
         trained = Trained(
             order.visit, order.round, net, start, fitted.tree, inbox, before,
-            len(rows), fitted.steps, order.lr, self.trial.local.momentum, fitted.metrics,
+            len(rows), fitted.steps, order.lr, self.trial.local.momentum, fitted.metrics, bench,
         )  # fmt: skip
         payload, after = self.method.reply(trained)
         report = Report(
             order.visit,
             samples=len(rows),
-            steps=fitted.steps,
-            seen=fitted.samples,
-            metrics={name: float(values.double().mean()) for name, values in fitted.metrics.items()},
+            steps=fitted.steps + bench.steps,
+            seen=fitted.samples + bench.samples,
+            metrics={name: float(m.double().mean()) for name, m in fitted.metrics.items() if m.dim() == 1},
             up_kinds=bytes_by_kind(payload),
             seconds=time.perf_counter() - started,
             finite=finite(payload) and finite(after),
         )
         return report, payload, after
 
-    def score(self, shard: Shard, params: Tree | Parcel) -> Counts:
-        """Counts of a model on a slice of the test set."""
-        if shard.model not in self._opened:
-            self._opened[shard.model] = self._tree(params)
-        x = self._normal(self.x_test[shard.start : shard.stop])
-        return count(self.world.net(shard.net), self._opened[shard.model], x, self.y_test[shard.start : shard.stop])
+    def score(self, what: Shard | Personal, params: Tree | Parcel) -> Counts:
+        """Counts of a model on a slice of the test set, or of a client's own on its own test rows."""
+        if isinstance(what, Personal):
+            net = self.world.net(what.net)
+            own = self.method.keeps(net, self._tree(params))
+            if own is None:
+                raise RuntimeError('a method that needs "private_test" must define what a client keeps')
+            rows = self._rows(what.visit.client, self.setup.split.test)
+            return count_logits(net.frozen(own, rows.x), rows.y)
+        if what.model not in self._opened:
+            self._opened[what.model] = self._tree(params)
+        x = self._normal(self.x_test[what.start : what.stop])
+        members = list(self._opened[what.model].values())
+        said = [self.world.net(name).frozen(p, x) for name, p in zip(what.nets, members, strict=True)]
+        logits = said[0] if len(said) == 1 else torch.stack(said).mean(0)
+        return count_logits(logits, self.y_test[what.start : what.stop])
 
-    def _train(
-        self, net: Net, start: Tree, inbox: Inbox, memory: Tree, phase: Phase, rows: Rows, streams: Streams, lr: float
-    ) -> Fitted:
+    def _bench(self, order: Order) -> Workbench:
+        client = order.visit.client
+
+        @cache
+        def rows(source: str) -> Rows:
+            if source != "proxy":
+                return self._rows(client, getattr(self.setup.split, "clients" if source == "private" else source))
+            if self._proxy is None:
+                self._proxy = proxy_rows(self.setup, self.method.needs, self.device)
+            return self._proxy
+
+        return Workbench(
+            (self.trial.seed, "visit", order.round, client, order.visit.role),
+            self.device,
+            torch.from_numpy(self.setup.split.counts[client].copy()).to(self.device),
+            {name: partial(rows, name) for name in ("private", "validation", "proxy")},
+            self.world,
+            round=order.round,
+        )
+
+    def _train(self, net: Net, start: Tree, inbox: Inbox, memory: Tree, bench: Workbench, lr: float) -> Fitted:
         local = self.trial.local
-        batches = visit_batches(
-            self.method, net, inbox, memory, phase, rows, streams,
-            batch=local.batch, epochs=local.epochs, drop_last=local.drop_last,
-        )  # fmt: skip
-        rule = Optimizer("sgd", lr * phase.lr_factor, local.momentum, local.weight_decay)
-        return descend(start, lambda p, batch: self.method.loss(net, p, batch, inbox, memory), batches, rule)
+        streams = Streams(*(bench.rng(name) for name in ("order", "augment", "draw")))
+        fitted = Fitted(start, 0, 0, {})
+        for phase in self.method.plan(self.world, inbox, memory):
+            rows = bench.sources[phase.source]()
+            batches = visit_batches(
+                self.method, net, inbox, memory, phase, rows, streams,
+                batch=local.batch, epochs=local.epochs, drop_last=local.drop_last,
+            )  # fmt: skip
+            rule = Optimizer("sgd", lr * phase.lr_factor, local.momentum, local.weight_decay, local.clip)
+            more = descend(fitted.tree, lambda p, b: self.method.loss(net, p, b, inbox, memory), batches, rule)
+            fitted = _join(fitted, more)
+        return fitted
 
     def _tree(self, tree: Tree | Parcel) -> Tree:
         return tree.open(self.device) if isinstance(tree, Parcel) else to(tree, self.device)
@@ -200,29 +144,26 @@ class ClientHost:
     def _normal(self, x: torch.Tensor) -> torch.Tensor:
         return normalise(x, self.card.mean, self.card.std)
 
-    def _rows(self, client: int) -> Rows:
-        index = torch.from_numpy(np.array(self.split.clients[client])).to(self.device)
+    def _rows(self, client: int, held: Sequence[Any]) -> Rows:
+        index = torch.from_numpy(np.array(held[client])).to(self.device)
         x = self._normal(self.x_train[index])
-        level = float(self.shifts[client])
+        level = float(self.shifts[client]) if self.trial.partition.shift != "none" else 0.0
         if self.trial.partition.shift == "rotation" and level:
             x = rotate(x, level)
-        elif self.trial.partition.shift == "noise" and level:
+        elif level:
             noise = numpy_stream(self.trial.seed, "noise", client).standard_normal(tuple(x.shape), dtype=np.float32)
             spread = torch.tensor(self.card.std, device=self.device).view(-1, 1, 1)
             x = x + level / spread * torch.from_numpy(noise).to(self.device)
         how = self.card.augment
-        wanted = self.trial.local.augment and (how.crop_pad or how.flip)
+        wanted = held is self.setup.split.clients and self.trial.local.augment and (how.crop_pad or how.flip)
         return Rows(x, self.y_train[index], how if wanted else None)
 
 
 def _join(first: Fitted, second: Fitted) -> Fitted:
     """Two stretches of training as one."""
     names = {**first.metrics, **second.metrics}
-    empty = torch.empty(0)
-    metrics: Mapping[str, torch.Tensor] = {
-        n: torch.cat([f.metrics.get(n, empty).to(names[n].device) for f in (first, second)]) for n in names
-    }
-    return Fitted(second.tree, first.steps + second.steps, first.samples + second.samples, dict(metrics))
+    metrics = {n: torch.cat([f.metrics[n] for f in (first, second) if n in f.metrics]) for n in names}
+    return Fitted(second.tree, first.steps + second.steps, first.samples + second.samples, metrics)
 
 
 class InlinePool:
@@ -247,8 +188,8 @@ class InlinePool:
     def answer(self, ticket: Answer) -> Answer:  # noqa: D102
         return ticket
 
-    def score(self, shard: Shard, params: Tree) -> Counts:  # noqa: D102
-        return self.host.score(shard, params)
+    def score(self, what: Shard | Personal, params: Tree) -> Counts:  # noqa: D102
+        return self.host.score(what, params)
 
     def counts(self, ticket: Counts) -> Counts:  # noqa: D102
         return ticket

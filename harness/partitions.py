@@ -7,11 +7,11 @@ is in `Split.left`. "alpha = 0.1" of two rules is not one difficulty, so realise
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from harness.config import Partition
+from harness.config import Fleet, Holdout, Partition, Trial
 from harness.deals import Floats, Ints, deal
 from harness.refusal import Refused
 from harness.trees import numpy_stream
@@ -22,6 +22,7 @@ class Split:
     """A deal: the rows of each client, sorted, and the rows that no client got.
 
     counts: [clients, classes]. digest: sha256 (hex) over the clients' sorted rows. statistics: see `describe`.
+    validation, test: rows that clients keep from training. proxy: the server's rows. levels: of each client, from 0.
     """
 
     clients: tuple[Ints, ...]
@@ -29,6 +30,114 @@ class Split:
     counts: Ints
     digest: str
     statistics: dict[str, float]
+    validation: tuple[Ints, ...] = ()
+    test: tuple[Ints, ...] = ()
+    proxy: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    levels: tuple[int, ...] = ()
+
+    def pooled(self) -> Split:
+        """The same rows in the hands of one client: for the upper bound that is trained centrally."""
+        rows = np.sort(np.concatenate(self.clients))
+        return replace(self, clients=(rows,), counts=self.counts.sum(0, keepdims=True), levels=(0,))
+
+
+def divide(labels: Ints, classes: int, trial: Trial, domains: Ints | None = None) -> Split:
+    """Deals the training rows [n] of a trial: the server's proxy, the clients' rows, what they hold out.
+
+    domains: [n] the domain of each row, for partition.domains = "card". Raises Refused as `split` does.
+    """
+    how, seed = trial.partition, trial.seed
+    proxy = _proxy_rows(labels, classes, trial) if trial.proxy.source == "train" else np.empty(0, np.int64)
+    rest = np.setdiff1d(np.arange(len(labels)), proxy)
+    if how.domains == "none":
+        whole, side = split(labels[rest], classes, trial.clients, how, seed), np.zeros(trial.clients, np.int64)
+    else:
+        side_of = _sides(labels, classes, how, domains)[rest]
+        whole, side = _split_sides(labels[rest], side_of, classes, trial.clients, how, seed)
+    parts = [_hold_out(rest[rows], trial.holdout, seed, client) for client, rows in enumerate(whole.clients)]
+    train, validation, test = (tuple(part) for part in zip(*parts, strict=True))
+    counts = np.stack([np.bincount(labels[rows], minlength=classes) for rows in train])
+    levels = assign_levels(counts, side, trial.fleet, seed)
+    digest = _digest((*train, *validation, *test, proxy)) if trial.holdout.test or len(proxy) else whole.digest
+    return Split(train, rest[whole.left], counts, digest, describe(counts), validation, test, proxy, levels)
+
+
+def assign_levels(counts: Ints, side: Ints, fleet: Fleet, seed: int) -> tuple[int, ...]:
+    """The level of each client. counts: [N, C]; side: [N] domains.
+
+    Clients are ordered by what `fleet.by` says (seeded, ties too) and cut by the levels' shares, smallest net first.
+    """
+    n, depth = len(counts), max(1, len(fleet.nets))
+    tie = numpy_stream(seed, "levels").permutation(n)
+    sizes = counts.sum(1)
+    mix = counts / np.maximum(sizes, 1)[:, None]
+    entropy = -(mix * np.log(np.where(mix > 0, mix, 1))).sum(1)
+    keys = {"random": tie, "size": sizes, "labels": entropy, "domain": side}
+    order = np.lexsort((tie, keys[fleet.by]))
+    shares = np.array(fleet.shares or [1 / depth] * depth)
+    cuts = np.round(np.cumsum(shares)[:-1] * n).astype(int)
+    if fleet.by == "domain" and depth == 2:
+        cuts = np.array([int((side == 0).sum())])  # the pools are the domains, whatever their sizes
+    levels = np.empty(n, np.int64)
+    for level, members in enumerate(np.split(order, cuts)):
+        levels[members] = level
+    return tuple(int(level) for level in levels)
+
+
+def _proxy_rows(labels: Ints, classes: int, trial: Trial) -> Ints:
+    wanted = trial.proxy.rows
+    if wanted >= len(labels):
+        raise Refused(f"proxy.rows = {wanted} leaves nothing to train on: there are {len(labels)} training rows")
+    order = numpy_stream(trial.seed, "proxy").permutation(len(labels))
+    if not trial.proxy.balanced:
+        return np.sort(order[:wanted])
+    rank = np.empty(len(labels), np.int64)  # how many rows of the same class come earlier in the order
+    for c in range(classes):
+        members = order[labels[order] == c]
+        rank[members] = np.arange(len(members))
+    return np.sort(order[np.argsort(rank[order], kind="stable")][:wanted])
+
+
+def _sides(labels: Ints, classes: int, how: Partition, domains: Ints | None) -> Ints:
+    if how.domains == "halves":
+        return (labels >= classes // 2).astype(np.int64)
+    if domains is None:
+        raise Refused("partition.domains = 'card', but this data set has no domains: use 'halves' or 'none'")
+    return domains
+
+
+def _split_sides(
+    labels: Ints, side: Ints, classes: int, clients: int, how: Partition, seed: int
+) -> tuple[Split, Ints]:
+    """A split within each domain, with clients in proportion to the domains' rows (at least one each)."""
+    names, rows = np.unique(side, return_counts=True)
+    if clients < len(names):
+        raise Refused(f"clients = {clients} is less than the {len(names)} domains")
+    ends = np.round(np.cumsum(rows) / rows.sum() * clients).astype(int)
+    ends = np.minimum(np.maximum(ends, np.arange(1, len(names) + 1)), clients - np.arange(len(names))[::-1])
+    parts: list[Ints] = []
+    owner: list[int] = []
+    left: list[Ints] = []
+    for name, share in zip(names, np.diff(ends, prepend=0), strict=True):
+        own = np.flatnonzero(side == name)
+        part = split(labels[own], classes, int(share), how, seed + int(name))
+        parts += [own[mine] for mine in part.clients]
+        left.append(own[part.left])
+        owner += [int(name)] * int(share)
+    counts = np.stack([np.bincount(labels[mine], minlength=classes) for mine in parts])
+    spare = np.sort(np.concatenate(left))
+    return Split(tuple(parts), spare, counts, _digest(tuple(parts)), describe(counts)), np.array(owner)
+
+
+def _hold_out(rows: Ints, holdout: Holdout, seed: int, client: int) -> tuple[Ints, Ints, Ints]:
+    """A client's rows for training, validation and test, each sorted; at least one row is left to train on."""
+    if not holdout.test and not holdout.validation:
+        return rows, rows[:0], rows[:0]
+    order = numpy_stream(seed, "holdout", client).permutation(rows)
+    test = min(round(holdout.test * len(rows)), max(0, len(rows) - 1))
+    validation = min(round(holdout.validation * len(rows)), max(0, len(rows) - test - 1))
+    kept_test, kept_validation, train = np.split(order, [test, test + validation])
+    return np.sort(train), np.sort(kept_validation), np.sort(kept_test)
 
 
 def split(labels: Ints, classes: int, clients: int, how: Partition, seed: int) -> Split:

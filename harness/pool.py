@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import RayActorError
 
-from harness import config
+from harness.data import Arrays
 from harness.evaluate import Counts
-from harness.host import ClientHost, Order, Report, Setup, Shard
-from harness.partitions import Split
+from harness.host import ClientHost
 from harness.trees import Parcel, Tree, parcel
+from harness.work import Order, Personal, Report, Setup, Shard
 
 START_S = 120.0  # an actor that has not answered by then does not fit its bundle: Ray would wait without a word
 SHORT_S = 0.1  # visits shorter than this are queued two deep, to hide the way to the host
@@ -33,11 +33,11 @@ class HostActor:
         self.host = ClientHost(device)
         self._arrays: tuple[Any, Any] = (None, None)
 
-    def load(self, trial: config.Trial, cut: Any, arrays: list[Any]) -> None:
+    def load(self, setup: Setup, arrays: list[Any]) -> None:
         """Begins a trial. The data set's reference comes in a list, so that it is only fetched when it is new."""
         if self._arrays[0] != arrays[0]:
             self._arrays = (arrays[0], ray.get(arrays[0]))
-        self.host.load(Setup(trial, self._arrays[1], cut))
+        self.host.load(replace(setup, arrays=self._arrays[1]))
 
     @ray.method(num_returns=3)
     def visit(self, order: Order, memory: Parcel | None, *parts: Parcel) -> tuple[Report, Parcel, Parcel]:
@@ -45,9 +45,9 @@ class HostActor:
         report, payload, after = self.host.visit(order, parts, memory)
         return report, parcel(payload), parcel(after)
 
-    def score(self, shard: Shard, params: Parcel) -> Counts:
-        """One shard of the evaluation."""
-        return self.host.score(shard, params)
+    def score(self, what: Shard | Personal, params: Parcel) -> Counts:
+        """One piece of the evaluation."""
+        return self.host.score(what, params)
 
 
 @dataclass
@@ -73,9 +73,10 @@ class RayPool:
         self.mean_s = 1.0  # running mean of a visit's length
         self._count = 0
 
-    def load(self, trial: config.Trial, cut: Split, arrays: Any) -> None:
-        """Begins a trial on every host; `arrays` is the reference of the data set."""
-        self._begin = (trial, ray.put(cut), [arrays])
+    def load(self, setup: Setup, arrays: Any) -> None:
+        """Begins a trial on every host; `arrays` is the reference of its data set, which does not travel again."""
+        empty = Arrays(*(part[:0] for part in astuple(setup.arrays)))
+        self._begin = (ray.put(replace(setup, arrays=empty)), [arrays])
         self.queue.clear()
         _wait_for([host.load.remote(*self._begin) for host in self.hosts])
 
@@ -92,9 +93,9 @@ class RayPool:
         """Queues a visit."""
         return self._queue(0, lambda host: host.visit.remote(order, memory, *parts))
 
-    def score(self, shard: Shard, params: Any) -> Work:
-        """Queues a shard behind all visits."""
-        return self._queue(1, lambda host: [host.score.remote(shard, params)])
+    def score(self, what: Shard | Personal, params: Any) -> Work:
+        """Queues a piece of the evaluation behind all visits."""
+        return self._queue(1, lambda host: [host.score.remote(what, params)])
 
     def answer(self, ticket: Work) -> tuple[Report, Tree, Any]:
         """Waits for a visit."""
@@ -104,7 +105,7 @@ class RayPool:
         return report, ray.get(ticket.refs[1]).open(), ticket.refs[2]
 
     def counts(self, ticket: Work) -> Counts:
-        """Waits for a shard."""
+        """Waits for it."""
         self._wait(ticket)
         found: Counts = ray.get(ticket.refs[0])
         return found

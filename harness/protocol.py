@@ -19,14 +19,14 @@ from torch import Generator, Tensor
 from harness.nets import Net
 from harness.trees import Tree
 
-# What the server keeps between rounds: tensors, numbers, strings, and lists and dicts of those, so that a
-# checkpoint holds it without pickle. The keys are the method's own.
+# What the server keeps: tensors, numbers, strings, and lists and dicts of those, so that checkpoints need no pickle.
 State: TypeAlias = dict[str, Any]
 
 # What a client receives. Tensors are data and are counted as bytes; anything else is a setting.
 Inbox: TypeAlias = dict[str, Any]
 
-Source: TypeAlias = Literal["private", "proxy"]
+# Where rows come from: the client's own for training or validation, or the proxy data.
+Source: TypeAlias = Literal["private", "validation", "proxy"]
 
 # Ranges of hyper-parameters: annotate a field with one of these and bad values are refused with a clear message.
 Positive: TypeAlias = Annotated[float, Gt(0)]
@@ -47,10 +47,9 @@ class Visit:
 
 @dataclass(frozen=True)
 class Role:
-    """A kind of model that clients train.
+    """A kind of model that clients train: its net, who may be picked (None: everybody), and how many in a round.
 
-    net: name of the net; clients: who may be picked (None: everybody); cohort: how many of them in a round
-    (None: the trial's participation ratio of those eligible).
+    cohort None: the trial's participation ratio of those who may be picked.
     """
 
     net: str
@@ -80,6 +79,10 @@ class World:
     momentum: float
     net: Callable[[str], Net]  # name -> net for this data set
     default_net: str
+    participation: float = 1.0
+    nets: tuple[str, ...] = ()  # the levels' nets, from small to large
+    levels: tuple[int, ...] = ()  # [N] index into nets
+    proxy_rows: int = 0
     counts: np.ndarray[Any, np.dtype[np.int64]] | None = None  # [N, C], only for methods that need "label_counts"
 
     @property
@@ -88,6 +91,13 @@ class World:
         if self.counts is None:
             raise RuntimeError('reading label counts takes needs = frozenset({"label_counts"})')
         return self.counts
+
+    def roles_by_net(self) -> dict[str, Role]:
+        """A role per net of the fleet, named after it, for the clients of its level; "global" if all are equal."""
+        if len(self.nets) < 2:
+            return {"global": Role(self.default_net)}
+        members = {name: [k for k, level in enumerate(self.levels) if self.nets[level] == name] for name in self.nets}
+        return {name: Role(name, tuple(clients)) for name, clients in members.items()}
 
 
 @dataclass(frozen=True)
@@ -103,11 +113,11 @@ class Broadcast:
 class Phase:
     """A stretch of local training: passes over data with the trial's local optimizer.
 
-    epochs: passes, None for the trial's own number; source: which data; lr_factor multiplies the round's rate.
+    epochs: passes, also parts of one, None for the trial's own number; lr_factor multiplies the round's rate.
     """
 
     name: str = "local"
-    epochs: int | None = None
+    epochs: float | None = None
     source: Source = "private"
     lr_factor: float = 1.0
 
@@ -127,6 +137,52 @@ class Batch:
         return replace(self, extra={**self.extra, **more})
 
 
+class Bench(Protocol):
+    """What a hook may work with beyond the given loop. Every step and second spent here is charged to the method."""
+
+    @property
+    def label_counts(self) -> Tensor:
+        """Rows of each class [C] among the client's own; zeros on the server."""
+
+    def rng(self, purpose: str) -> Generator:
+        """A stream that depends on the seed, the round, the client and the purpose alone."""
+
+    def scan(self, fn: Callable[[Tensor, Tensor], Any], source: Source = "private") -> list[Any]:
+        """fn(x, y) on every row of a source, in order and in batches, without gradients or augmentation."""
+
+    def sample(self, size: int, rng: Generator, source: Source = "proxy") -> Batch:
+        """Rows drawn uniformly, without replacement within the batch. Proxy rows have y = -1 unless labelled."""
+
+    def fit(
+        self,
+        p: Tree,
+        loss: Callable[[Tree, Batch], Tensor],
+        draw: Callable[[int], Batch],
+        steps: int,
+        *,
+        optimizer: Literal["sgd", "adam"] = "adam",
+        lr: float,
+        weight_decay: float = 0.0,
+        cosine: bool = False,
+    ) -> Tree:
+        """`steps` steps on `loss` from a copy of `p` with a fresh optimizer; `draw(step)` gives each step's batch.
+
+        cosine: the rate falls along half a cosine to zero.
+        """
+
+
+class Server(Bench, Protocol):
+    """What `merge` may use."""
+
+    @property
+    def world(self) -> World:
+        """The trial."""
+
+    @property
+    def round(self) -> int:
+        """The round that is being merged, from 0."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """A visit after its local training, for `reply`. `steps` K and `lr` are those really used."""
@@ -142,12 +198,13 @@ class Trained:
     steps: int
     lr: float
     momentum: float
-    metrics: Mapping[str, Tensor]  # [steps] of every metric that the loss returned, and "loss"
+    metrics: Mapping[str, Tensor]  # [steps, ...] of every metric that the loss returned, and "loss"
+    bench: Bench
 
 
 @dataclass(frozen=True)
 class Update:
-    """What came back from a visit, for `merge`. `samples` is n_k; updates come in the order of their visits."""
+    """What came back from a visit. `samples` is n_k; `merge` gets updates in the order of their visits."""
 
     visit: Visit
     samples: int
@@ -156,42 +213,22 @@ class Update:
     metrics: Mapping[str, float]
 
 
-# The loss of a server step: parameters and a batch give a scalar.
-ServerLoss: TypeAlias = Callable[[Tree, Batch], Tensor]
+@dataclass(frozen=True)
+class Ensemble:
+    """Several models that answer together: the mean of their logits. members: (net, parameters)."""
 
-
-class Server(Protocol):
-    """What `merge` may use. Every step and second spent here is charged to the method."""
-
-    @property
-    def world(self) -> World:
-        """The trial."""
-
-    @property
-    def round(self) -> int:
-        """The round that is being merged, from 0."""
-
-    def rng(self, purpose: str) -> Generator:
-        """A stream that depends on the seed, the round and the purpose alone."""
-
-    def fit(
-        self,
-        p: Tree,
-        loss: ServerLoss,
-        draw: Callable[[int], Batch],
-        steps: int,
-        *,
-        optimizer: Literal["sgd", "adam"] = "adam",
-        lr: float,
-        weight_decay: float = 0.0,
-    ) -> Tree:
-        """`steps` steps on `loss` from `p` with a fresh optimizer; `draw(step)` gives each step's batch."""
+    members: tuple[tuple[str, Tree], ...]
 
 
 class Algorithm(ABC):
-    """A method. Subclasses are frozen dataclasses whose fields are the hyper-parameters."""
+    """A method. Subclasses are frozen dataclasses whose fields are the hyper-parameters.
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: what it asks of a trial. "one_net": all clients train the same net; "same_latent": nets of one latent
+    width; "proxy", "labelled_proxy": data on the server; "label_counts": every client's label counts; "private_test",
+    "validation": rows that clients keep from training; "pooled": all rows at one client, for upper bounds.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"one_net"})
 
     def roles(self, world: World) -> Mapping[str, Role]:
         """Role -> net, eligible clients, cohort."""
@@ -214,9 +251,13 @@ class Algorithm(ABC):
         params: Tree = inbox["params"]
         return params
 
-    def plan(self, world: World) -> tuple[Phase, ...]:
+    def plan(self, world: World, inbox: Inbox, memory: Tree) -> tuple[Phase, ...]:
         """The phases of a visit."""
         return (Phase(),)
+
+    def prepare(self, net: Net, inbox: Inbox, memory: Tree, bench: Bench) -> Inbox:
+        """The inbox that training sees: may add what the client makes for itself before it trains."""
+        return inbox
 
     def teach(self, net: Net, x: Tensor, inbox: Inbox, memory: Tree) -> dict[str, Tensor]:
         """What frozen teachers say about the rows x [B, ...]: tensors [B, ...], found in `batch.extra`.
@@ -243,8 +284,12 @@ class Algorithm(ABC):
         """Aggregation and server-side training. Owns `state`: its buffers may be reused in the result."""
 
     @abstractmethod
-    def models(self, state: State) -> dict[str, tuple[str, Tree]]:
-        """What to evaluate: name -> (net, parameters). The first one is the primary model."""
+    def models(self, state: State) -> Mapping[str, tuple[str, Tree] | Ensemble]:
+        """What to evaluate on the global test set: name -> (net, parameters). The first one is the primary model."""
+
+    def keeps(self, net: Net, memory: Tree) -> Tree | None:
+        """A client's own model, evaluated on its test rows, for methods that need "private_test"."""
+        return None
 
 
 def weights(updates: Sequence[Update]) -> list[float]:

@@ -9,58 +9,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cache, reduce
 from operator import add
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator
 
 from harness import registry
-from harness.evaluate import Counts, metrics, own_label_metrics, tail_classes
-from harness.fit import Optimizer, descend
-from harness.host import Order, Pool, Report, Setup, Shard, make_world
-from harness.protocol import Batch, Broadcast, Cohort, Role, ServerLoss, State, Update, Visit, World
+from harness.batches import Rows
+from harness.evaluate import Counts, Vector, metrics, own_label_metrics, spread, tail_classes
+from harness.fit import Workbench
+from harness.protocol import Broadcast, Cohort, Ensemble, Role, State, Update, Visit
 from harness.trees import Tree, bytes_by_kind, finite, numpy_stream, stream, to
+from harness.work import Order, Personal, Pool, Report, Setup, Shard, make_world, proxy_rows
 
 Row = dict[str, Any]
 
 
 class Diverged(RuntimeError):
     """A number that is not finite where training needs one. A result, not a crash."""
-
-
-@dataclass
-class Bench:
-    """What a method's `merge` works with: implements `protocol.Server` and counts what is spent."""
-
-    world: World
-    round: int
-    seed: int
-    device: torch.device
-    steps: int = 0
-
-    def rng(self, purpose: str) -> Generator:
-        """A stream of (seed, round, purpose)."""
-        return stream(self.seed, "server", self.round, purpose, device=self.device)
-
-    def fit(
-        self,
-        p: Tree,
-        loss: ServerLoss,
-        draw: Callable[[int], Batch],
-        steps: int,
-        *,
-        optimizer: Literal["sgd", "adam"] = "adam",
-        lr: float,
-        weight_decay: float = 0.0,
-    ) -> Tree:
-        """`steps` steps on `loss` from `p`."""
-        self.steps += steps
-        batches = (draw(step) for step in range(steps))
-        rule = Optimizer(optimizer, lr, weight_decay=weight_decay)
-        return descend(p, lambda tree, batch: (loss(tree, batch), {}), batches, rule).tree
 
 
 @dataclass
@@ -99,22 +67,24 @@ def draw_cohort(seed: int, round: int, roles: Mapping[str, Role], clients: int, 
 
 
 class Server:
-    """Runs a trial round by round, on a pool that the trial was loaded into."""
+    """Runs a trial round by round, on a pool that the trial was loaded into.
 
-    def __init__(self, setup: Setup, pool: Pool, device: str = "cpu") -> None:
-        trial, arrays, split = setup.trial, setup.arrays, setup.split
-        self.trial, self.pool, self.device = trial, pool, torch.device(device)
-        self.method = registry.make(trial.method, trial.hyper)
-        self.world = make_world(trial, arrays, split, self.method.needs)
+    mixes: [N, C] the label mixes behind the own-label metrics; None: those of the setup's clients.
+    """
+
+    def __init__(self, setup: Setup, pool: Pool, device: str = "cpu", mixes: Vector | None = None) -> None:
+        self.setup, self.trial, self.pool, self.device = setup, setup.trial, pool, torch.device(device)
+        self.method = registry.make(self.trial.method, self.trial.hyper)
+        self.world = make_world(setup, self.method.needs)
         self.roles = dict(self.method.roles(self.world))
-        self.state: State = to(self.method.init(self.world, stream(trial.seed, "init")), self.device)
+        self.state: State = to(self.method.init(self.world, stream(self.trial.seed, "init")), self.device)
         self.memories: dict[Visit, Any] = {}
         self.round = 0
         self.rounds: list[Row] = []
         self.clients: list[Row] = []
-        self._test_rows = len(arrays.y_test)
-        self._tail = tail_classes(split.counts.sum(0), trial.evaluation.tail)
-        self._mixes = split.counts[split.counts.sum(1) > 0] / split.counts.sum(1, keepdims=True).clip(1)
+        counts = setup.split.counts
+        self._tail = tail_classes(counts.sum(0), self.trial.evaluation.tail)
+        self._mixes = counts[counts.sum(1) > 0] / counts.sum(1, keepdims=True).clip(1) if mixes is None else mixes
         self._late: Callable[[], None] | None = None  # books the round whose evaluation is under way
 
     @property
@@ -129,17 +99,19 @@ class Server:
         costs = {name: Cost() for name in self.roles}
         updates = self._train(cohort, costs)
         merging = time.perf_counter()
-        bench = Bench(self.world, self.round, self.trial.seed, self.device)
+        bench = self._bench()
         self.state = self.method.merge(self.state, updates, bench)
-        models = self.method.models(self.state)
-        for name, (_, params) in models.items():
-            if not finite(params):
+        models = {name: _members(model) for name, model in self.method.models(self.state).items()}
+        for name, members in models.items():
+            if not all(finite(params) for _, params in members):
                 raise Diverged(f"diverged: the {name} model is not finite after round {self.round}")
         server = {"server_steps": bench.steps, "server_seconds": time.perf_counter() - merging}
         last = self.round + 1 == self.trial.rounds
-        tickets = self._score(models) if last or (self.round + 1) % self.trial.evaluation.every == 0 else {}
+        due = last or (self.round + 1) % self.trial.evaluation.every == 0
+        names = [*models, *self._personal_names()]
+        tickets = {**self._score(models), **self._score_personal()} if due else {}
         self.flush()
-        self._late = self._booking(self.round, list(models), tickets, costs, server, started)
+        self._late = self._booking(self.round, names, tickets, costs, server, started)
         self.round += 1
         if last:
             self.flush()
@@ -201,16 +173,36 @@ class Server:
             }
         )
 
-    def _score(self, models: dict[str, tuple[str, Tree]]) -> dict[str, list[Any]]:
+    def _bench(self) -> Workbench:
+        @cache
+        def proxy() -> Rows:
+            return proxy_rows(self.setup, self.method.needs, self.device)
+
+        zeros = torch.zeros(self.world.classes, dtype=torch.int64, device=self.device)
+        key = (self.trial.seed, "server", self.round)
+        return Workbench(key, self.device, zeros, {"proxy": proxy}, self.world, round=self.round)
+
+    def _score(self, models: Mapping[str, Members]) -> dict[str, list[Any]]:
         """Sends the evaluation off, in shards whose size does not depend on the number of hosts."""
         tickets: dict[str, list[Any]] = {}
-        size = self.trial.evaluation.batch
-        for name, (net, params) in models.items():
-            sent = self.pool.put(params)
-            key = f"model/{self.round}/{name}"
-            shards = [Shard(net, key, at, min(at + size, self._test_rows)) for at in range(0, self._test_rows, size)]
+        size, rows = self.trial.evaluation.batch, len(self.setup.arrays.y_test)
+        for name, members in models.items():
+            sent = self.pool.put({str(i): params for i, (_, params) in enumerate(members)})
+            nets, key = tuple(net for net, _ in members), f"model/{self.round}/{name}"
+            shards = [Shard(nets, key, at, min(at + size, rows)) for at in range(0, rows, size)]
             tickets[name] = [self.pool.score(shard, sent) for shard in shards]
         return tickets
+
+    def _score_personal(self) -> dict[str, list[Any]]:
+        """The same for the models of all clients that were ever visited, each on its own test rows."""
+        tickets: dict[str, list[Any]] = {name: [] for name in self._personal_names()}
+        for visit, memory in sorted(self.memories.items()) if tickets else ():
+            what = Personal(visit, self.roles[visit.role].net)
+            tickets[_personal(visit.role, self.roles)].append(self.pool.score(what, memory))
+        return {name: found for name, found in tickets.items() if found}
+
+    def _personal_names(self) -> list[str]:
+        return [_personal(role, self.roles) for role in self.roles] if "private_test" in self.method.needs else []
 
     def _booking(
         self,
@@ -221,26 +213,43 @@ class Server:
         server: Row,
         started: float,
     ) -> Callable[[], None]:
-        """What books a round: one row per model; costs on the row of the pool they belong to, so that sums are right.
+        """What books a round: one row per model; costs on the row of the role they belong to, so that sums are right.
 
-        A pool has a model of its own name or belongs to the first model.
+        A role has a model of its own name, or a personal one, or belongs to the first model.
         """
         seconds = time.perf_counter() - started
 
         def book() -> None:
             for i, name in enumerate(names):
-                own = [c for role, c in costs.items() if role == name or (i == 0 and role not in names)]
+                own = [cost for role, cost in costs.items() if name == self._row_of(role, names)]
                 spent = reduce(_merge_costs, own, Cost())
                 first = {**server, "seconds": seconds} if i == 0 else dict.fromkeys([*server, "seconds"], 0)
-                seen = self._metrics(tickets[name]) if name in tickets else {}
+                seen = self._metrics(name, tickets[name]) if name in tickets else {}
                 self.rounds.append({"round": round, "role": name, **seen, **spent.row(), **first})
 
         return book
 
-    def _metrics(self, tickets: list[Any]) -> Row:
+    def _row_of(self, role: str, names: Sequence[str]) -> str:
+        return next((n for n in (role, _personal(role, self.roles)) if n in names), names[0])
+
+    def _metrics(self, name: str, tickets: list[Any]) -> Row:
         counts: list[Counts] = [self.pool.counts(ticket) for ticket in tickets]
         found = metrics(reduce(add, counts), self._tail)
+        if name in self._personal_names():
+            return {**found, **spread(np.array([c.hits.sum() / c.rows.sum() for c in counts if c.rows.sum()]))}
         return {**found, **own_label_metrics(np.array(found["recall"]), self._mixes)}
+
+
+Members = tuple[tuple[str, Tree], ...]
+
+
+def _members(model: tuple[str, Tree] | Ensemble) -> Members:
+    return model.members if isinstance(model, Ensemble) else (model,)
+
+
+def _personal(role: str, roles: Mapping[str, Role]) -> str:
+    """What the clients' own models of a role are called in the table of rounds."""
+    return "personal" if len(roles) == 1 else f"personal-{role}"
 
 
 def _merge_counts(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from harness import axes, cards, config, nets, plots, registry
 from harness.data import card, load
-from harness.partitions import split
+from harness.partitions import divide
 from harness.refusal import Refused, unknown
 from harness.trees import size, stream
 
@@ -25,7 +25,7 @@ def partition_page(trial: config.Trial, out: Path) -> None:
     """The statistics of a partition, its heat map on the terminal and as a picture."""
     about = card(trial.dataset)
     labels = load(about).y_train
-    cut = split(labels, about.classes, trial.clients, trial.partition, trial.seed)
+    cut = divide(labels, about.classes, trial)
     how = trial.partition
     title = f"{trial.dataset}, {trial.clients} clients, {how.kind}"
     title += f" alpha={how.alpha:g}" if "alpha" not in how.unread() else ""

@@ -21,12 +21,12 @@ from harness import RULES_VERSION
 from harness.axes import Sweep
 from harness.config import Execution, Trial, digest, resolve, trial_id
 from harness.data import Arrays, card, load
-from harness.partitions import split
 from harness.record import Store, flatten, headline, provenance
 from harness.refusal import Refused
 from harness.registry import label
 from harness.tracking import Tracker
 from harness.trial import FederatedTrial, device_of
+from harness.work import make_setup
 
 Row = dict[str, Any]
 ENVIRONMENT = {
@@ -112,15 +112,17 @@ def _again(row: Mapping[str, Any]) -> bool:
 def _check_data(sweep: Sweep) -> dict[str, Arrays]:
     """The data sets of a sweep; also deals them out once per setting, so that impossible ones are refused here."""
     folder = Path(sweep.execution.data) if sweep.execution.data else None
-    sets = {name: load(card(name), folder) for name in dict.fromkeys(cell.dataset for cell in sweep.cells)}
-    dealt = {}
-    for cell in sweep.cells:
-        key = (cell.dataset, cell.clients, cell.partition.model_dump_json())
-        if key not in dealt:
-            dealt[key] = split(
-                sets[cell.dataset].y_train, card(cell.dataset).classes, cell.clients, cell.partition, cell.seed
-            )
+    wanted = [name for cell in sweep.cells for name in (cell.dataset, cell.proxy.source)]
+    sets = {name: load(card(name), folder) for name in dict.fromkeys(wanted) if name not in ("none", "train")}
+    settings = {json.dumps([cell.dataset, *_deal(cell)]): cell for cell in reversed(sweep.cells)}
+    for cell in settings.values():
+        make_setup(cell, sets[cell.dataset], sets.get(cell.proxy.source))
     return sets
+
+
+def _deal(cell: Trial) -> list[Any]:
+    """What decides whether the rows can be dealt, beside the seed."""
+    return [cell.clients, *(part.model_dump() for part in (cell.partition, cell.holdout, cell.proxy, cell.fleet))]
 
 
 def _machine() -> dict[str, float]:

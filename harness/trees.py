@@ -180,7 +180,7 @@ class Parcel:
 
     def open(self, device: torch.device | str = "cpu") -> Tree:
         """The tree again. Always a copy: the buffer may lie in shared memory, which must never be written to."""
-        raw = torch.from_numpy(self.buffer.copy() if self.buffer.size else self.buffer).to(device)
+        raw = torch.from_numpy(self.buffer.copy()).to(device)
 
         def read(part: Mapping[str, Any]) -> Tree:
             return {k: read(v) if isinstance(v, Mapping) else leaf(v) for k, v in part.items()}
@@ -221,7 +221,7 @@ def parcel(tree: Mapping[str, Any]) -> Parcel:
         return result
 
     shape = skeleton(tree)
-    buffer = np.zeros(end, dtype=np.uint8)
+    buffer = np.zeros(max(end, 1), dtype=np.uint8)  # an empty one has no stride, and no views of other types
     for offset, x in chunks:
         raw = x.reshape(-1).view(torch.uint8).numpy()
         buffer[offset : offset + raw.size] = raw

@@ -15,12 +15,12 @@ import torch
 from ray import tune
 
 from harness import config
-from harness.data import card
-from harness.host import InlinePool, Setup
-from harness.partitions import split
+from harness.data import Arrays
+from harness.host import InlinePool
 from harness.pool import RayPool
 from harness.refusal import Refused
 from harness.server import Diverged, Server
+from harness.work import Pool, make_setup
 
 REPORT_S = 0.5  # rounds are run until so much time has passed, then reported together
 
@@ -80,20 +80,29 @@ class FederatedTrial(tune.Trainable):
         if self.server is None:
             trial, how = self.settings, self.execution
             arrays = ray.get(self.data["arrays"][trial.dataset])
-            cut = split(arrays.y_train, card(trial.dataset).classes, trial.clients, trial.partition, trial.seed)
-            self.skew = {"partition_hash": cut.digest, **{f"partition_{k}": v for k, v in cut.statistics.items()}}
-            setup, device = Setup(trial, arrays, cut), device_of(how)
+            setup, mixes = make_setup(trial, arrays, self._proxy(trial))
+            self.skew = {"partition_hash": setup.split.digest}
+            self.skew |= {f"partition_{key}": value for key, value in setup.split.statistics.items()}
+            device = device_of(how)
             if how.hosts:
                 if self.hosts is None:
                     self.hosts = RayPool(how.hosts, device, how.cpus_per_host, how.gpus_per_host)
-                self.hosts.load(trial, cut, self.data["arrays"][trial.dataset])
+                self.hosts.load(setup, self.data["arrays"][trial.dataset])
             else:
                 if self.inline is None:
                     self.inline = InlinePool(device)
                 self.inline.load(setup)
             here = "cuda" if device == "cuda" and (how.gpus_per_server or not how.hosts) else "cpu"
-            self.server = Server(setup, self.hosts or self.inline, here)  # type: ignore[arg-type]
+            pool: Pool = self.hosts or self.inline  # type: ignore[assignment]
+            self.server = Server(setup, pool, here, mixes)
         return self.server
+
+    def _proxy(self, trial: config.Trial) -> Arrays | None:
+        """The other data set that the proxy rows come from, if they do."""
+        found: Arrays | None = None
+        if trial.proxy.source not in ("none", "train"):
+            found = ray.get(self.data["arrays"][trial.proxy.source])
+        return found
 
     def _tables(self) -> bytes:
         server = self.server

@@ -1,0 +1,150 @@
+"""What passes between a server and its hosts: trials, orders, reports, and the pool that takes work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from harness import registry
+from harness.batches import Rows, normalise
+from harness.config import Trial
+from harness.data import Arrays, Bytes, Labels, card
+from harness.evaluate import Counts
+from harness.nets import build
+from harness.partitions import Split, divide
+from harness.protocol import Visit, World
+from harness.trees import Tree, numpy_stream
+
+Mixes = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a host needs to know of a trial. proxy: images and labels of the server's data, if it has any."""
+
+    trial: Trial
+    arrays: Arrays
+    split: Split
+    proxy: tuple[Bytes, Labels] | None = None
+
+
+@dataclass(frozen=True)
+class Order:
+    """One visit as a piece of work. `inboxes` are the keys of the parts of its inbox, for reuse within a round."""
+
+    visit: Visit
+    round: int
+    net: str
+    lr: float
+    inboxes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a visit cost and showed. samples: rows of the client; seen: rows passed through training steps."""
+
+    visit: Visit
+    samples: int
+    steps: int
+    seen: int
+    metrics: dict[str, float]
+    up_kinds: dict[str, int]
+    seconds: float
+    finite: bool
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A slice of the test set to score. nets: of the members of the model, whose logits are averaged."""
+
+    nets: tuple[str, ...]
+    model: str  # key of the parameters, for reuse between shards
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Personal:
+    """A client's own model to score on its own test rows."""
+
+    visit: Visit
+    net: str
+
+
+Answer = tuple[Report, Tree, Tree]
+
+
+class Pool(Protocol):
+    """Hosts to give work to. Handles stand for trees that may lie on another machine; tickets for work under way."""
+
+    def put(self, tree: Tree) -> Any:
+        """Makes a tree available to the hosts; returns its handle."""
+
+    def fetch(self, handle: Any) -> Tree:
+        """The tree behind a handle."""
+
+    def visit(self, order: Order, parts: Sequence[Any], memory: Any | None) -> Any:
+        """Sends a client's work off; returns a ticket. `parts`, `memory`: handles."""
+
+    def answer(self, ticket: Any) -> tuple[Report, Tree, Any]:
+        """Waits for a visit: its report, its payload and the handle of the client's next memory."""
+
+    def score(self, what: Shard | Personal, params: Any) -> Any:
+        """Sends a piece of the evaluation off, to be done when no client waits; returns a ticket."""
+
+    def counts(self, ticket: Any) -> Counts:
+        """Waits for a piece of the evaluation."""
+
+
+def make_setup(trial: Trial, arrays: Arrays, other: Arrays | None = None) -> tuple[Setup, Mixes]:
+    """Deals the rows of a trial; also the label mixes [N, C] of its clients before any pooling.
+
+    other: the data set that the proxy rows come from where that is another one: drawn from its training rows.
+    """
+    split = divide(arrays.y_train, card(trial.dataset).classes, trial)
+    proxy = None
+    if other is not None:
+        picked = np.sort(numpy_stream(trial.seed, "proxy").permutation(len(other.y_train))[: trial.proxy.rows])
+        proxy = (other.x_train[picked], other.y_train[picked])
+    elif len(split.proxy):
+        proxy = (arrays.x_train[split.proxy], arrays.y_train[split.proxy])
+    counts = split.counts[split.counts.sum(1) > 0]
+    if "pooled" in registry.load(trial.method).needs:
+        split = split.pooled()
+    return Setup(trial, arrays, split, proxy), counts / counts.sum(1, keepdims=True)
+
+
+def make_world(setup: Setup, needs: frozenset[str]) -> World:
+    """What the method may know of a trial."""
+    trial, split = setup.trial, setup.split
+    shape, classes = setup.arrays.x_train.shape[1:], split.counts.shape[1]
+    return World(
+        clients=len(split.clients),
+        classes=classes,
+        rounds=trial.rounds,
+        sizes=tuple(len(rows) for rows in split.clients),
+        batch=trial.local.batch,
+        epochs=trial.local.epochs,
+        lr=trial.local.lr,
+        momentum=trial.local.momentum,
+        net=lambda name: build(name, shape, classes),
+        default_net=trial.net,
+        participation=trial.participation,
+        nets=trial.fleet.nets,
+        levels=split.levels or (0,) * len(split.clients),
+        proxy_rows=0 if setup.proxy is None else len(setup.proxy[1]),
+        counts=split.counts if "label_counts" in needs else None,
+    )
+
+
+def proxy_rows(setup: Setup, needs: frozenset[str], device: torch.device) -> Rows:
+    """The proxy data on a device; labels are -1 unless the method declared that it needs them."""
+    if setup.proxy is None or not needs & {"proxy", "labelled_proxy"}:
+        raise RuntimeError('reading proxy data takes needs = frozenset({"proxy"}) or "labelled_proxy"')
+    about = card(setup.trial.dataset)
+    x, y = (torch.tensor(part, device=device) for part in setup.proxy)
+    return Rows(normalise(x, about.mean, about.std), y if "labelled_proxy" in needs else torch.full_like(y, -1))

@@ -1,0 +1,207 @@
+"""`lab`: small worlds to try methods and the loop in. A test takes it as an argument: `def test_x(lab: Lab)`.
+
+Hooks by hand: `world`, `update`, `bench` and `step`; numbers that a golden test writes down itself: `Table`, a net
+whose answers are its parameters. A whole trial through the real server, in this process: `setup`, `run`, and the
+pool's `log` of everything that travelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from harness import config, nets, registry, trees
+from harness.data import Arrays
+from harness.host import Answer, InlinePool, Order, Setup
+from harness.partitions import Split
+from harness.protocol import Algorithm, Batch, Inbox, Update, Visit, World
+from harness.server import Bench, Server
+from harness.trees import Tree
+
+SHAPE, CLASSES = (1, 8, 8), 4
+LOCAL = {"epochs": 1, "batch": 8, "lr": 0.1}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A net whose answers are its parameters: rows x [B] are row numbers of p["latent"] [n, Z] and p["logits"] [n, C].
+
+    `classify` multiplies with p["head"] [Z, C].
+    """
+
+    classes: int = 3
+    name: str = "table"
+
+    def __call__(self, p: Tree, x: Tensor, train: bool = True) -> Tensor:
+        logits: Tensor = p["logits"][x]
+        return logits
+
+    def embed(self, p: Tree, x: Tensor, at: str = "latent", train: bool = True) -> Tensor:
+        z: Tensor = p["latent"][x]
+        return z
+
+    def classify(self, p: Tree, z: Tensor, at: str = "latent", train: bool = True) -> Tensor:
+        logits: Tensor = z @ p["head"]
+        return logits
+
+    def frozen(self, p: Tree, x: Tensor) -> Tensor:
+        return self(p, x, train=False).detach()
+
+    def init(self, rng: torch.Generator) -> Tree:
+        return {"logits": torch.zeros(1, self.classes)}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A visit as it happened: what the client received and remembered, what it answered."""
+
+    order: Order
+    inbox: Inbox
+    memory: Tree | None
+    payload: Tree
+
+
+class WatchedPool(InlinePool):
+    """The inline pool, with a log of everything that travelled."""
+
+    def load(self, setup: Setup) -> None:
+        super().load(setup)
+        self.log: list[Sent] = []
+
+    def visit(self, order: Order, parts: Sequence[Tree], memory: Tree | None) -> Answer:
+        answer = super().visit(order, parts, memory)
+        inbox = {key: value for part in parts for key, value in part.items()}
+        self.log.append(Sent(order, inbox, memory, answer[1]))
+        return answer
+
+
+@dataclass
+class Lab:
+    """See the module."""
+
+    patch: pytest.MonkeyPatch
+    Table: type[Table] = field(default=Table)
+
+    def world(self, sizes: Sequence[int] = (10, 10, 10, 10), net: Any = "mlp", **more: Any) -> World:
+        """A world of clients with these numbers of rows. net: a name of the zoo (for 1x8x8, 4 classes), or a net."""
+        named = isinstance(net, str)
+        basics = {
+            "clients": len(sizes),
+            "classes": CLASSES if named else net.classes,
+            "rounds": 10,
+            "sizes": tuple(sizes),
+            "batch": 8,
+            "epochs": 1,
+            "lr": 0.1,
+            "momentum": 0.0,
+            "net": (lambda name: nets.build(name, SHAPE, CLASSES)) if named else (lambda name: net),
+            "default_net": net if named else net.name,
+        }
+        return World(**{**basics, **more})
+
+    def update(self, client: int, payload: Tree, samples: int = 10, steps: int = 5, role: str = "global") -> Update:
+        """What `merge` gets from one client."""
+        return Update(Visit(client, role), samples, steps, payload, {})
+
+    def bench(self, world: World, round: int = 0) -> Bench:
+        """The server as `merge` sees it."""
+        return Bench(world, round, seed=0, device=torch.device("cpu"))
+
+    def step(
+        self,
+        method: Algorithm,
+        net: Any,
+        p: Tree,
+        batch: Batch,
+        inbox: Inbox | None = None,
+        memory: Tree | None = None,
+    ) -> tuple[float, Tree, dict[str, Tensor]]:
+        """One step as the harness does it, teach, draw and loss: the loss, its gradients, and what it recorded."""
+        inbox, memory = inbox or {}, memory or {}
+        learning = trees.tree_map(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()), p)
+        batch = batch.with_extra(**method.teach(net, batch.x, inbox, memory))
+        batch = method.draw(net, batch, inbox, memory, trees.stream("lab"))
+        value, seen = method.loss(net, learning, batch, inbox, memory)
+        value.backward()
+        grads = trees.tree_map(lambda x: torch.zeros_like(x) if x.grad is None else x.grad, learning)
+        return float(value), grads, seen
+
+    def arrays(self, train: int, test: int = 40, classes: int = CLASSES) -> Arrays:
+        """Images of noise with a bright row per class, which a net learns in a few steps. Labels go round."""
+        rng = trees.numpy_stream("lab", "arrays")
+
+        def side(rows: int) -> tuple[Any, Any]:
+            y = np.arange(rows) % classes
+            x = rng.integers(0, 120, (rows, *SHAPE), dtype=np.uint8)
+            x[np.arange(rows), :, y] += 120
+            return x, y.astype(np.int64)
+
+        return Arrays(*side(train), *side(test))
+
+    def split(self, arrays: Arrays, sizes: Sequence[int], classes: int = CLASSES) -> Split:
+        """The training rows dealt at random in these sizes."""
+        order = trees.numpy_stream("lab", "split").permutation(len(arrays.y_train))
+        *clients, left = (np.sort(rows) for rows in np.split(order, np.cumsum(sizes)))
+        counts = np.stack([np.bincount(arrays.y_train[rows], minlength=classes) for rows in clients])
+        return Split(tuple(clients), left, counts, "lab", {})
+
+    def setup(
+        self,
+        method: str | Algorithm = "fedavg",
+        hyper: Mapping[str, Any] | None = None,
+        sizes: Sequence[int] = (12, 20, 8, 16),
+        **trial: Any,
+    ) -> Setup:
+        """A trial on a made data set. trial: settings as in a card; `method` may be an instance of any class."""
+        if isinstance(method, Algorithm):
+            self.patch.setattr(registry, "make", lambda name, hyper: method)
+        raw = {
+            "method": method if isinstance(method, str) else "fedavg",
+            "hyper": dict(hyper or {}),
+            "net": "mlp",
+            "clients": len(sizes),
+            "rounds": 3,
+            **trial,
+            "local": LOCAL | trial.get("local", {}),
+        }
+        arrays = self.arrays(sum(sizes))
+        return Setup(config.resolve(raw), arrays, self.split(arrays, sizes))
+
+    def server(self, setup: Setup) -> Server:
+        """A server in round 0; its `pool.log` will hold what travels."""
+        pool = WatchedPool()
+        pool.load(setup)
+        return Server(setup, pool)
+
+    def run(self, method: str | Algorithm = "fedavg", hyper: Mapping[str, Any] | None = None, **more: Any) -> Server:
+        """A whole trial, to its last round. more: as for `setup`."""
+        server = self.server(self.setup(method, hyper, **more))
+        while not server.done:
+            server.step()
+        return server
+
+    def same(self, a: Tree, b: Tree) -> bool:
+        """Whether two trees are equal: paths, types and bits."""
+        left, right = list(trees.leaves(a)), list(trees.leaves(b))
+        return [path for path, _ in left] == [path for path, _ in right] and all(
+            x.dtype == y.dtype and torch.equal(x, y) for (_, x), (_, y) in zip(left, right, strict=True)
+        )
+
+    def close(self, a: Tree, b: Tree, **tolerance: float) -> bool:
+        """The same up to rounding."""
+        other = dict(trees.leaves(b))
+        return all(torch.allclose(x, other.pop(path), **tolerance) for path, x in trees.leaves(a)) and not other
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    """Small worlds; see `Lab`."""
+    torch.set_num_threads(1)
+    yield Lab(monkeypatch)
+    torch.set_flush_denormal(False)  # hosts turn it on
