@@ -7,8 +7,9 @@ Differences from KDIA: no client models are stored, no generator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
@@ -34,6 +35,8 @@ from harness.trees import Tree, add, scale
 @dataclass(frozen=True)
 class EmaTeacher(FedAvg):
     """teacher = decay teacher + (1 - decay) theta_g; the loss adds lambda_kd KL between student and teacher."""
+
+    identity: ClassVar[Mapping[str, Any]] = {"lambda_kd": 0.0}
 
     lambda_kd: NonNegative = 0.5  # as in KDIA's code
     tau: Positive = 2.0  # temperature, as in KDIA's code

@@ -7,7 +7,9 @@ Differences from the paper: every client runs the same number of epochs unless t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,6 +22,8 @@ from harness.trees import Tree, sq_distance
 @dataclass(frozen=True)
 class FedProx(FedAvg):
     """Loss + (mu / 2) ||w - theta_g||^2, the squared norm, with theta_g frozen."""
+
+    identity: ClassVar[Mapping[str, Any]] = {"mu": 0.0}
 
     mu: NonNegative = 0.01  # mu; MOON's best on CIFAR-10, KDIA's baseline
 

@@ -9,9 +9,9 @@ are offered: the code puts the student's distribution first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge
@@ -65,6 +65,8 @@ def diversity(z: Tensor, features: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Kdia(FedAvg):
     """Student: FedAvg's mean. Teacher: the weighted mean of every client's latest model. Both are evaluated."""
+
+    identity: ClassVar[Mapping[str, Any]] = {"lambda_kd": 0.0, "lambda_gen": 0.0}
 
     lambda_kd: NonNegative = 0.5  # weight of the divergence, run.sh
     lambda_gen: NonNegative = 1.0  # weight of the generated features, run.sh

@@ -66,9 +66,9 @@ class Rows:
 def passes(rows: int, batch: int, epochs: float, drop_last: bool, rng: Generator) -> Iterator[Tensor]:
     """Index batches [<= batch] of `epochs` passes, each in a new order; part of a pass is that share of its batches.
 
-    With `drop_last` the short batch at the end of a pass is left out, but never the only one.
+    With `drop_last` the short batch at the end of a pass is left out, but never the only one. No rows, no batches.
     """
-    for epoch in range(math.ceil(epochs)):
+    for epoch in range(math.ceil(epochs) if rows else 0):
         order = torch.randperm(rows, generator=rng, device=rng.device)
         chunks = torch.split(order, batch)
         if drop_last and len(chunks) > 1 and len(chunks[-1]) < batch:

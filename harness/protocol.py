@@ -21,13 +21,10 @@ from harness.trees import Tree
 
 # What the server keeps: tensors, numbers, strings, and lists and dicts of those, so that checkpoints need no pickle.
 State: TypeAlias = dict[str, Any]
-
 # What a client receives. Tensors are data and are counted as bytes; anything else is a setting.
 Inbox: TypeAlias = dict[str, Any]
-
 # Where rows come from: the client's own for training or validation, or the proxy data.
 Source: TypeAlias = Literal["private", "validation", "proxy"]
-
 # Ranges of hyper-parameters: annotate a field with one of these and bad values are refused with a clear message.
 Positive: TypeAlias = Annotated[float, Gt(0)]
 NonNegative: TypeAlias = Annotated[float, Ge(0)]
@@ -151,7 +148,7 @@ class Bench(Protocol):
         """fn(x, y) on every row of a source, in order and in batches, without gradients or augmentation."""
 
     def sample(self, size: int, rng: Generator, source: Source = "proxy") -> Batch:
-        """Rows drawn uniformly, without replacement within the batch. Proxy rows have y = -1 unless labelled."""
+        """Rows drawn uniformly, without replacement within a batch. Proxy rows have y = -1 unless labelled."""
 
     def fit(
         self,
@@ -226,9 +223,11 @@ class Algorithm(ABC):
     needs: what it asks of a trial. "one_net": all clients train the same net; "same_latent": nets of one latent
     width; "proxy", "labelled_proxy": data on the server; "label_counts": every client's label counts; "private_test",
     "validation": rows that clients keep from training; "pooled": all rows at one client, for upper bounds.
+    identity: hyper-parameters with which its first model equals FedAvg's bit for bit (a class's own, not inherited).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"one_net"})
+    identity: ClassVar[Mapping[str, Any] | None] = None
 
     def roles(self, world: World) -> Mapping[str, Role]:
         """Role -> net, eligible clients, cohort."""

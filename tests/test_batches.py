@@ -55,9 +55,7 @@ def test_crops_are_windows_of_the_padded_image(mode: str) -> None:
     assert out.shape == x.shape
     chosen = []
     for row in range(len(x)):
-        windows = {
-            (top, left): wide[row, :, top : top + 5, left : left + 7] for top in range(5) for left in range(5)
-        }
+        windows = {(top, left): wide[row, :, top : top + 5, left : left + 7] for top in range(5) for left in range(5)}
         chosen.append([at for at, window in windows.items() if torch.equal(window, out[row])])
     assert all(len(at) == 1 for at in chosen)
     assert len({at[0] for at in chosen}) > 1

@@ -29,9 +29,9 @@ def test_divergence_both_ways(tau: float, student_first: float, teacher_first: f
     """Student (2, .5, -1), teacher (1, 1, 0). At tau = 1:
 
     p = (e^2, e^.5, e^-1) / 9.405657 = (.785597, .175290, .039113), q = (e, e, 1) / 6.436564 = (.422319, .422319, .155362);
-    sum p ln(p / q) = .785597 * .620738 - .175290 * .879262 - .039113 * 1.379262 = .279523, and with the roles
-    exchanged - .422319 * .620738 + .422319 * .879262 + .155362 * 1.379262 = .323519 (up to the last digit). tau divides both
-    logits: (1, .25, -.5) and (.5, .5, 0) at 2, thirds at 3.
+    sum p ln(p / q) = .785597 * .620684 - .175290 * .879316 - .039113 * 1.379316 = .279523, and with the roles
+    exchanged -.422319 * .620684 + .422319 * .879316 + .155362 * 1.379316 = .323519. tau divides both logits:
+    (1, .25, -.5) and (.5, .5, 0) at 2, thirds at 3.
     """
     expected = {"student_first": student_first, "teacher_first": teacher_first}
     direction: Direction

@@ -287,7 +287,7 @@ def test_a_stream_depends_on_its_key_alone() -> None:
         return torch.rand(3, generator=trees.stream(*key)).tolist() + trees.numpy_stream(*key).random(3).tolist()
 
     torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
     once = first(0, "visit", 3, 7)
     torch.manual_seed(2)
     assert first(0, "visit", 3, 7) == once
