@@ -83,8 +83,9 @@ class Server:
         self.rounds: list[Row] = []
         self.clients: list[Row] = []
         counts = setup.split.counts
+        held = counts[counts.sum(1) > 0]
         self._tail = tail_classes(counts.sum(0), self.trial.evaluation.tail)
-        self._mixes = counts[counts.sum(1) > 0] / counts.sum(1, keepdims=True).clip(1) if mixes is None else mixes
+        self._mixes = held / held.sum(1, keepdims=True) if mixes is None else mixes
         self._late: Callable[[], None] | None = None  # books the round whose evaluation is under way
 
     @property
@@ -121,6 +122,19 @@ class Server:
         if self._late is not None:
             book, self._late = self._late, None
             book()
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that a server needs to go on from here, bit for bit: what `checkpoint.pack` takes."""
+        self.flush()
+        memories = [[v.client, v.role, self.pool.fetch(handle)] for v, handle in sorted(self.memories.items())]
+        kept = {"state": self.state, "memories": memories, "rounds": self.rounds, "clients": self.clients}
+        return {"round": self.round, **kept}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Goes back to a snapshot of the same trial."""
+        self.round, self.state = snapshot["round"], to(snapshot["state"], self.device)
+        self.memories = {Visit(client, role): self.pool.put(tree) for client, role, tree in snapshot["memories"]}
+        self.rounds, self.clients = list(snapshot["rounds"]), list(snapshot["clients"])
 
     def _train(self, cohort: Cohort, costs: dict[str, Cost]) -> list[Update]:
         """Sends the cohort off and collects its updates in order."""

@@ -66,8 +66,16 @@ def clone(tree: Mapping[str, Any]) -> Tree:
 
 
 def to(tree: Mapping[str, Any], device: torch.device | str) -> Tree:
-    """The tree on a device; leaves already there are not copied."""
-    return tree_map(lambda x: x.to(device), tree)
+    """The tree on a device, lists of trees included; leaves already there are not copied."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if isinstance(value, Mapping):
+            return {key: move(member) for key, member in value.items()}
+        return [move(member) for member in value] if isinstance(value, list) else value
+
+    return {key: move(value) for key, value in tree.items()}
 
 
 def zeros(tree: Mapping[str, Any]) -> Tree:
