@@ -12,13 +12,38 @@ from typing import Annotated, Any, TypeAlias, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from harness import RULES_VERSION, cards, nets, registry
+from harness import RULES_VERSION, cards, cohorts, nets, registry
 from harness.refusal import Refused, unknown
-from harness.sections import Count, Evaluation, Execution, Fleet, Holdout, Kind, Local, Partition, Proxy, Share, Text
+from harness.sections import (
+    Availability,
+    Count,
+    Evaluation,
+    Execution,
+    Fleet,
+    Holdout,
+    Kind,
+    Local,
+    Partition,
+    Proxy,
+    Share,
+    Text,
+)
 from harness.settings import RULES, Settings, Unfit, check, unfit
 
 Scalar: TypeAlias = bool | int | float | str | None
-__all__ = ["Evaluation", "Execution", "Fleet", "Holdout", "Kind", "Local", "Partition", "Proxy", "Trial", "resolve"]
+__all__ = [
+    "Availability",
+    "Evaluation",
+    "Execution",
+    "Fleet",
+    "Holdout",
+    "Kind",
+    "Local",
+    "Partition",
+    "Proxy",
+    "Trial",
+    "resolve",
+]
 
 
 class Trial(Settings):
@@ -37,6 +62,7 @@ class Trial(Settings):
     partition: Partition = Partition()
     holdout: Holdout = Holdout()
     proxy: Proxy = Proxy()
+    availability: Availability = Availability()
     fleet: Fleet = Fleet()
     local: Local = Local()
     evaluation: Evaluation = Evaluation()
@@ -60,6 +86,7 @@ def resolve(raw: Mapping[str, Any]) -> Trial:
             "hyper": _hyper(method, settings["hyper"]),
             "net": _net(trial),
             "partition": trial.partition.canonical(),
+            "availability": _availability(trial),
             **_cohort(trial),
         }
     )
@@ -75,6 +102,7 @@ def digest(trial: Trial) -> str:
     settings = trial.model_dump(mode="json")
     if trial.source:
         settings["method"] = registry.label(trial.method)
+    settings["availability"]["trace"] = ""  # its hash stands for it
     content = {"rules": RULES_VERSION, "trial": _one_zero(settings)}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -148,8 +176,8 @@ def _net(trial: Trial) -> str:
         raise Unfit("dataset", str(unknown("dataset", trial.dataset, cards.names("datasets"))))
     auto: str = cards.read("datasets", trial.dataset)["default_net"]
     name = auto if trial.net == "auto" else trial.net
-    if name not in nets.names():
-        raise Unfit("net", str(unknown("net", name, ("auto", *nets.names()))))
+    if name not in nets.names(of=name):
+        raise Unfit("net", str(unknown("net", name, ("auto", *nets.names(of=name)))))
     try:
         nets.build(name, *_rows_of(trial.dataset))
     except Refused as error:
@@ -157,9 +185,23 @@ def _net(trial: Trial) -> str:
     return name
 
 
+def _availability(trial: Trial) -> Availability:
+    """With the hash of the trace's rows: a trace counts by its content, so that its file may move."""
+    how = trial.availability
+    if not how.trace:
+        return how
+    try:
+        _, found = cohorts.read_trace(how.trace, trial.clients)
+    except Refused as error:
+        raise Unfit("availability.trace", str(error)) from None
+    if how.trace_hash not in ("", found):
+        raise Unfit("availability.trace", f"{how.trace} is not the trace of this trial any more: its rows changed")
+    return how.model_copy(update={"trace": str(Path(how.trace).resolve()), "trace_hash": found})
+
+
 def _check_needs(trial: Trial) -> None:
     """What the method needs of a trial, and what the settings need of the data card."""
-    label, needs = registry.label(trial.method), registry.load(trial.method).needs
+    label, needs = registry.label(trial.method), registry.make(trial.method, trial.hyper).needs
     if trial.proxy.source == "none" and needs & {"proxy", "labelled_proxy"}:
         raise Unfit(
             "proxy.source", f"method {label} needs data on the server: set proxy.source=train proxy.rows=1000"
@@ -169,6 +211,8 @@ def _check_needs(trial: Trial) -> None:
     if not trial.holdout.validation and "validation" in needs:
         raise Unfit("holdout.validation", f"method {label} needs validation rows: set holdout.validation=0.1")
     levels = [_net(trial.model_copy(update={"net": name})) for name in trial.fleet.nets]
+    if not levels and "fleet" in needs:
+        raise Unfit("fleet.nets", f"method {label} needs two nets or more: set fleet.nets=[mlp,lenet5]")
     if len(set(levels)) > 1 and "one_net" in needs:
         raise Unfit("fleet.nets", f"method {label} needs one net for all clients, not {', '.join(levels)}")
     shape, classes = _rows_of(trial.dataset)

@@ -63,12 +63,19 @@ class Optimizer:
     weight_decay: float = 0.0
     clip: float = 0.0  # largest norm of a gradient; 0: as it is
 
-    def bind(self, weights: Weights) -> Callable[[float], None]:
-        """A fresh optimizer: what it returns takes a step along `weights.gradient`, at a factor of the rate."""
+    def bind(self, weights: Weights, moments: Tree | None = None) -> Callable[[float], None]:
+        """An optimizer: what it returns takes a step along `weights.gradient`, at a factor of the rate.
+
+        It is fresh, unless Adam is given the moments of an earlier one, which it updates in place.
+        """
         if self.kind == "adam":
             flat = torch.nn.Parameter(weights.vector)
             flat.grad = weights.gradient
             adam = torch.optim.Adam([flat], lr=self.lr, weight_decay=self.weight_decay, foreach=False)
+            if moments is not None:
+                zeros = {name: torch.zeros_like(weights.vector) for name in ("exp_avg", "exp_avg_sq")}
+                moments.update({"step": torch.zeros(()), **zeros, **moments})
+                adam.state[flat] = moments
 
             def step(factor: float) -> None:
                 adam.param_groups[0]["lr"] = self.lr * factor
@@ -105,10 +112,11 @@ def descend(
     batches: Iterable[Batch],
     optimizer: Optimizer,
     schedule: Callable[[int], float] | None = None,
+    moments: Tree | None = None,
 ) -> Fitted:
-    """One optimizer step per batch, from a copy of `start`. schedule: step -> factor of the rate."""
+    """One optimizer step per batch, from a copy of `start`. schedule: step -> factor of the rate; moments: Adam's."""
     weights = Weights(start)
-    step = optimizer.bind(weights)
+    step = optimizer.bind(weights, moments)
     seen: dict[str, list[Tensor]] = {}
     steps = samples = 0
     for batch in batches:
@@ -143,9 +151,10 @@ def visit_batches(
     *,
     batch: int,
     epochs: float,
+    work: float,
     drop_last: bool,
 ) -> Iterable[Batch]:
-    """The batches of a phase with everything beside their rows.
+    """The batches of a phase with everything beside their rows. work: the share of the epochs that the client does.
 
     What teachers say about a row is computed once per visit where its inputs are the same in every pass, and batch by
     batch where they are augmented.
@@ -154,7 +163,8 @@ def visit_batches(
     if rows.augment is None:
         parts = [method.teach(net, x, inbox, memory) for x in torch.split(rows.x, max(batch, 256))]
         told = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    for index in passes(len(rows), batch, epochs if phase.epochs is None else phase.epochs, drop_last, streams.order):
+    wanted = work * (epochs if phase.epochs is None else phase.epochs)
+    for index in passes(len(rows), batch, wanted, drop_last, streams.order):
         x = rows.x[index]
         if rows.augment is None:
             extra = {key: value[index] for key, value in told.items()}
@@ -177,6 +187,7 @@ class Workbench:
     round: int = 0
     steps: int = 0
     samples: int = 0
+    read_proxy: bool = False
 
     def rng(self, purpose: str) -> Generator:
         """A stream of the bench's key and the purpose."""
@@ -207,12 +218,13 @@ class Workbench:
         lr: float,
         weight_decay: float = 0.0,
         cosine: bool = False,
+        moments: Tree | None = None,
     ) -> Tree:
         """`steps` steps on `loss` from `p`."""
         rule = Optimizer(optimizer, lr, weight_decay=weight_decay)
         schedule = (lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)) if cosine else None
         batches = (draw(step) for step in range(steps))
-        fitted = descend(p, lambda tree, batch: (loss(tree, batch), {}), batches, rule, schedule)
+        fitted = descend(p, lambda tree, batch: (loss(tree, batch), {}), batches, rule, schedule, moments)
         self.steps += fitted.steps
         self.samples += fitted.samples
         return fitted.tree

@@ -57,7 +57,7 @@ class ClientHost:
         before = self.method.remember(net, received, bench.rng("memory")) if memory is None else self._tree(memory)
         start = self.method.start(net, received, before)
         inbox = self.method.prepare(net, received, before, bench)
-        fitted = self._train(net, start, inbox, before, bench, order.lr)
+        fitted = self._train(net, start, inbox, before, bench, order)
         rows = bench.sources["private"]()
         trained = Trained(
             order.visit, order.round, net, start, fitted.tree, inbox, before,
@@ -73,6 +73,7 @@ class ClientHost:
             up_kinds=bytes_by_kind(payload),
             seconds=time.perf_counter() - started,
             finite=finite(payload) and finite(after),
+            read_proxy=bench.read_proxy,
         )
         return report, payload, after
 
@@ -100,11 +101,12 @@ class ClientHost:
         def rows(source: str) -> Rows:
             if source != "proxy":
                 return self._rows(client, getattr(self.setup.split, "clients" if source == "private" else source))
+            bench.read_proxy = True
             if self._proxy is None:
                 self._proxy = proxy_rows(self.setup, self.method.needs, self.device)
             return self._proxy
 
-        return Workbench(
+        bench = Workbench(
             (self.trial.seed, "visit", order.round, client, order.visit.role),
             self.device,
             torch.from_numpy(self.setup.split.counts[client].copy()).to(self.device),
@@ -112,8 +114,9 @@ class ClientHost:
             self.world,
             round=order.round,
         )
+        return bench
 
-    def _train(self, net: Net, start: Tree, inbox: Inbox, memory: Tree, bench: Workbench, lr: float) -> Fitted:
+    def _train(self, net: Net, start: Tree, inbox: Inbox, memory: Tree, bench: Workbench, order: Order) -> Fitted:
         local = self.trial.local
         streams = Streams(*(bench.rng(name) for name in ("order", "augment", "draw")))
         fitted = Fitted(start, 0, 0, {})
@@ -121,9 +124,9 @@ class ClientHost:
             rows = bench.sources[phase.source]()
             batches = visit_batches(
                 self.method, net, inbox, memory, phase, rows, streams,
-                batch=local.batch, epochs=local.epochs, drop_last=local.drop_last,
+                batch=local.batch, epochs=local.epochs, work=order.work, drop_last=local.drop_last,
             )  # fmt: skip
-            rule = Optimizer("sgd", lr * phase.lr_factor, local.momentum, local.weight_decay, local.clip)
+            rule = Optimizer("sgd", order.lr * phase.lr_factor, local.momentum, local.weight_decay, local.clip)
             more = descend(fitted.tree, lambda p, b: self.method.loss(net, p, b, inbox, memory), batches, rule)
             fitted = _join(fitted, more)
         return fitted

@@ -129,6 +129,29 @@ class Fleet(Settings):
         return self
 
 
+class Availability(Settings):
+    """Who is there when a cohort is drawn, and what becomes of its work.
+
+    kind: uniform; weighted, by rows; cyclic, for the first `window` of every `period` rounds, in time zones spread
+    over the clients; trace, exactly the clients that a Parquet file with columns round and client lists.
+    """
+
+    kind: Literal["uniform", "weighted", "cyclic", "trace"] = "uniform"
+    period: Annotated[int, Field(ge=2, le=2**31 - 1)] = 24  # rounds
+    window: Share = 0.5  # share of a period
+    trace: Text = ""  # path
+    trace_hash: Text = ""  # sha256 of its rows, filled in
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # chance that a visit's work is lost; its bytes down count
+    stragglers: Annotated[float, Field(ge=0, le=1)] = 0.0  # chance that a visit does only a part of its epochs
+    straggler_work: Share = 0.5  # that part
+
+    @model_validator(mode="after")
+    def _trace_given(self) -> Availability:
+        if (self.kind == "trace") != bool(self.trace):
+            raise ValueError("availability.kind = trace and availability.trace = FILE go together")
+        return self
+
+
 class Evaluation(Settings):
     """When and how models are measured on the global test set. tail: share of the classes that count as tail."""
 

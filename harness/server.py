@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache, reduce
 from operator import add
 from typing import Any
@@ -18,52 +17,17 @@ import torch
 
 from harness import registry
 from harness.batches import Rows
+from harness.books import Cost, Row, bytes_down, client_row, lost, merge_costs, merge_counts
+from harness.cohorts import Roster, draw_cohort, draw_roster
 from harness.evaluate import Counts, Vector, metrics, own_label_metrics, spread, tail_classes
 from harness.fit import Workbench
-from harness.protocol import Broadcast, Cohort, Ensemble, Role, State, Update, Visit
-from harness.trees import Tree, bytes_by_kind, finite, numpy_stream, stream, to
+from harness.protocol import Ensemble, Role, State, Update, Visit
+from harness.trees import Tree, finite, stream, to
 from harness.work import Order, Personal, Pool, Report, Setup, Shard, make_world, proxy_rows
-
-Row = dict[str, Any]
 
 
 class Diverged(RuntimeError):
     """A number that is not finite where training needs one. A result, not a crash."""
-
-
-@dataclass
-class Cost:
-    """What a pool of clients spent in a round."""
-
-    up_kinds: dict[str, int] = field(default_factory=dict)
-    down_kinds: dict[str, int] = field(default_factory=dict)
-    steps: int = 0
-    samples: int = 0
-    loss: float = 0.0  # summed over visits, weighted by rows
-    rows: int = 0
-
-    def row(self) -> Row:
-        """The columns of the table of rounds."""
-        return {
-            "up_bytes": sum(self.up_kinds.values()),
-            "down_bytes": sum(self.down_kinds.values()),
-            "up_kinds": dict(self.up_kinds),
-            "down_kinds": dict(self.down_kinds),
-            "steps": self.steps,
-            "samples": self.samples,
-            "train_loss": self.loss / self.rows if self.rows else None,
-        }
-
-
-def draw_cohort(seed: int, round: int, roles: Mapping[str, Role], clients: int, participation: float) -> Cohort:
-    """Who takes part: drawn without replacement, from the seed, the round and the role's name alone."""
-    visits: list[Visit] = []
-    for name, role in roles.items():
-        eligible = np.arange(clients) if role.clients is None else np.array(sorted(role.clients))
-        size = min(len(eligible), role.cohort or max(1, int(len(eligible) * participation + 1e-9)))
-        picked = numpy_stream(seed, "cohort", round, name).choice(eligible, size, replace=False)
-        visits += [Visit(int(client), name) for client in picked]
-    return Cohort(round, tuple(sorted(visits)))
 
 
 class Server:
@@ -82,6 +46,8 @@ class Server:
         self.round = 0
         self.rounds: list[Row] = []
         self.clients: list[Row] = []
+        self.proxy_holders: list[int] = []
+        self._proxy_bytes = 0 if setup.proxy is None else sum(part.nbytes for part in setup.proxy)
         counts = setup.split.counts
         held = counts[counts.sum(1) > 0]
         self._tail = tail_classes(counts.sum(0), self.trial.evaluation.tail)
@@ -96,12 +62,12 @@ class Server:
     def step(self) -> None:
         """One round. Its rows are booked when its evaluation is in, which is during the next round at the latest."""
         started = time.perf_counter()
-        cohort = draw_cohort(self.trial.seed, self.round, self.roles, self.trial.clients, self.trial.participation)
         costs = {name: Cost() for name in self.roles}
-        updates = self._train(cohort, costs)
+        updates = self._train(self._roster(), costs)
         merging = time.perf_counter()
         bench = self._bench()
-        self.state = self.method.merge(self.state, updates, bench)
+        if updates:  # a round from which nothing came back changes nothing
+            self.state = self.method.merge(self.state, updates, bench)
         models = {name: _members(model) for name, model in self.method.models(self.state).items()}
         for name, members in models.items():
             if not all(finite(params) for _, params in members):
@@ -127,65 +93,60 @@ class Server:
         """All that a server needs to go on from here, bit for bit: what `checkpoint.pack` takes."""
         self.flush()
         memories = [[v.client, v.role, self.pool.fetch(handle)] for v, handle in sorted(self.memories.items())]
-        kept = {"state": self.state, "memories": memories, "rounds": self.rounds, "clients": self.clients}
-        return {"round": self.round, **kept}
+        tables = {"rounds": self.rounds, "clients": self.clients, "proxy_holders": self.proxy_holders}
+        return {"round": self.round, "state": self.state, "memories": memories, **tables}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Goes back to a snapshot of the same trial."""
         self.round, self.state = snapshot["round"], to(snapshot["state"], self.device)
         self.memories = {Visit(client, role): self.pool.put(tree) for client, role, tree in snapshot["memories"]}
         self.rounds, self.clients = list(snapshot["rounds"]), list(snapshot["clients"])
+        self.proxy_holders = list(snapshot["proxy_holders"])
 
-    def _train(self, cohort: Cohort, costs: dict[str, Cost]) -> list[Update]:
+    def _roster(self) -> Roster:
+        trial, how = self.trial, self.trial.availability
+        share, sizes, trace = trial.participation, self.world.sizes, self.setup.trace
+        cohort = draw_cohort(trial.seed, self.round, self.roles, self.world.clients, share, how, sizes, trace)
+        return draw_roster(trial.seed, cohort, how)
+
+    def _train(self, roster: Roster, costs: dict[str, Cost]) -> list[Update]:
         """Sends the cohort off and collects its updates in order."""
-        broadcast = self.method.broadcast(self.state, cohort, self.world)
+        broadcast = self.method.broadcast(self.state, roster.cohort, self.world)
         sent = {"shared": self.pool.put(broadcast.shared)}
         sent |= {f"role/{name}": self.pool.put(inbox) for name, inbox in broadcast.by_role.items()}
         lr = self.trial.local.lr * self.trial.local.lr_decay**self.round
         tickets: dict[Visit, Any] = {}
-        for visit in sorted(cohort.visits, key=lambda v: -self.world.sizes[v.client]):  # the longest work first
+        for visit in sorted(roster.cohort.visits, key=lambda v: -self.world.sizes[v.client]):  # longest work first
+            if visit in roster.dropped:
+                continue
             parts = {key: sent[key] for key in ("shared", f"role/{visit.role}") if key in sent}
             if visit in broadcast.personal:
                 parts[f"visit/{visit.client}/{visit.role}"] = self.pool.put(broadcast.personal[visit])
-            order = Order(visit, self.round, self.roles[visit.role].net, lr, tuple(parts))
+            order = Order(visit, self.round, self.roles[visit.role].net, lr, tuple(parts), roster.work[visit])
             tickets[visit] = self.pool.visit(order, list(parts.values()), self.memories.get(visit))
-        return [self._collect(visit, tickets.pop(visit), broadcast, costs[visit.role]) for visit in cohort.visits]
+        updates = []
+        for visit in roster.cohort.visits:
+            down = bytes_down(broadcast, visit)
+            if visit in roster.dropped:
+                self._book_client(lost(visit), down, costs[visit.role])
+            else:
+                updates.append(self._collect(visit, tickets.pop(visit), down, costs[visit.role]))
+        return updates
 
-    def _collect(self, visit: Visit, ticket: Any, broadcast: Broadcast, cost: Cost) -> Update:
+    def _collect(self, visit: Visit, ticket: Any, down: dict[str, int], cost: Cost) -> Update:
         report, payload, memory = self.pool.answer(ticket)
         if not report.finite:
             raise Diverged(f"diverged: the update of client {visit.client} in round {self.round} is not finite")
         self.memories[visit] = memory
-        parts = (broadcast.shared, broadcast.by_role.get(visit.role, {}), broadcast.personal.get(visit, {}))
-        down: dict[str, int] = {}
-        for part in parts:
-            down = _merge_counts(down, bytes_by_kind(part))
+        if report.read_proxy and visit.client not in self.proxy_holders:  # it had to be sent, once
+            self.proxy_holders.append(visit.client)
+            down = merge_counts(down, {"proxy": self._proxy_bytes})
         self._book_client(report, down, cost)
         return Update(visit, report.samples, report.steps, payload, report.metrics)
 
     def _book_client(self, report: Report, down: dict[str, int], cost: Cost) -> None:
-        loss = report.metrics.get("loss")
-        cost.up_kinds = _merge_counts(cost.up_kinds, report.up_kinds)
-        cost.down_kinds = _merge_counts(cost.down_kinds, down)
-        cost.steps += report.steps
-        cost.samples += report.seen
-        if loss is not None:
-            cost.loss += loss * report.samples
-            cost.rows += report.samples
-        self.clients.append(
-            {
-                "round": self.round,
-                "client": report.visit.client,
-                "role": report.visit.role,
-                "arch": self.roles[report.visit.role].net,
-                "samples": report.samples,
-                "steps": report.steps,
-                "train_loss": loss,
-                "up_bytes": sum(report.up_kinds.values()),
-                "down_bytes": sum(down.values()),
-                "seconds": report.seconds,
-            }
-        )
+        cost.add(report, down)
+        self.clients.append({"round": self.round, **client_row(report, self.roles[report.visit.role].net, down)})
 
     def _bench(self) -> Workbench:
         @cache
@@ -236,7 +197,7 @@ class Server:
         def book() -> None:
             for i, name in enumerate(names):
                 own = [cost for role, cost in costs.items() if name == self._row_of(role, names)]
-                spent = reduce(_merge_costs, own, Cost())
+                spent = reduce(merge_costs, own, Cost())
                 first = {**server, "seconds": seconds} if i == 0 else dict.fromkeys([*server, "seconds"], 0)
                 seen = self._metrics(name, tickets[name]) if name in tickets else {}
                 self.rounds.append({"round": round, "role": name, **seen, **spent.row(), **first})
@@ -264,18 +225,3 @@ def _members(model: tuple[str, Tree] | Ensemble) -> Members:
 def _personal(role: str, roles: Mapping[str, Role]) -> str:
     """What the clients' own models of a role are called in the table of rounds."""
     return "personal" if len(roles) == 1 else f"personal-{role}"
-
-
-def _merge_counts(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
-    return {key: a.get(key, 0) + b.get(key, 0) for key in sorted({*a, *b})}
-
-
-def _merge_costs(a: Cost, b: Cost) -> Cost:
-    return Cost(
-        _merge_counts(a.up_kinds, b.up_kinds),
-        _merge_counts(a.down_kinds, b.down_kinds),
-        a.steps + b.steps,
-        a.samples + b.samples,
-        a.loss + b.loss,
-        a.rows + b.rows,
-    )

@@ -11,6 +11,7 @@ import torch
 
 from harness import registry
 from harness.batches import Rows, normalise
+from harness.cohorts import Trace
 from harness.config import Trial
 from harness.data import Arrays, Bytes, Labels, card
 from harness.evaluate import Counts
@@ -30,6 +31,7 @@ class Setup:
     arrays: Arrays
     split: Split
     proxy: tuple[Bytes, Labels] | None = None
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Order:
     net: str
     lr: float
     inboxes: tuple[str, ...]
+    work: float = 1.0  # share of its epochs that it does
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Report:
     up_kinds: dict[str, int]
     seconds: float
     finite: bool
+    read_proxy: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,9 @@ class Pool(Protocol):
         """Waits for a piece of the evaluation."""
 
 
-def make_setup(trial: Trial, arrays: Arrays, other: Arrays | None = None) -> tuple[Setup, Mixes]:
+def make_setup(
+    trial: Trial, arrays: Arrays, other: Arrays | None = None, trace: Trace | None = None
+) -> tuple[Setup, Mixes]:
     """Deals the rows of a trial; also the label mixes [N, C] of its clients before any pooling.
 
     other: the data set that the proxy rows come from where that is another one: drawn from its training rows.
@@ -113,9 +119,9 @@ def make_setup(trial: Trial, arrays: Arrays, other: Arrays | None = None) -> tup
     elif len(split.proxy):
         proxy = (arrays.x_train[split.proxy], arrays.y_train[split.proxy])
     counts = split.counts[split.counts.sum(1) > 0]
-    if "pooled" in registry.load(trial.method).needs:
+    if "pooled" in registry.make(trial.method, trial.hyper).needs:
         split = split.pooled()
-    return Setup(trial, arrays, split, proxy), counts / counts.sum(1, keepdims=True)
+    return Setup(trial, arrays, split, proxy, trace), counts / counts.sum(1, keepdims=True)
 
 
 def make_world(setup: Setup, needs: frozenset[str]) -> World:
