@@ -2,7 +2,8 @@
 
 Paper: Reddi et al., Adaptive Federated Optimization, ICLR 2021, Algorithm 2 (FedAdam), without bias correction.
 Travels down: the model. Travels up: the model. Remembered by the client: nothing.
-Differences from the paper: clients are weighted by their sample counts, as in the paper's experiments.
+Differences from the paper: clients are weighted by their sample counts, as in the paper's experiments. Running
+statistics of BatchNorm, where a net has them, are averaged.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 from torch import Generator
 
 from algorithms.fedavg import FedAvg
+from harness import descent
 from harness.protocol import Decay, Positive, Server, State, Update, World
-from harness.trees import sub, tree_map, zeros
+from harness.trees import sub, zeros
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,7 @@ class FedAdam(FedAvg):
 
     def merge(self, state: State, updates: Sequence[Update], server: Server) -> State:
         """One step of Adam on the mean delta."""
-        delta = sub(super().merge(state, updates, server)["params"], state["params"])
-        m = tree_map(lambda m, d: self.beta1 * m + (1 - self.beta1) * d, state["m"], delta)
-        v = tree_map(lambda v, d: self.beta2 * v + (1 - self.beta2) * d * d, state["v"], delta)
-        params = tree_map(lambda p, m, v: p + self.lr_server * m / (v.sqrt() + self.eps), state["params"], m, v)
-        return {**state, "m": m, "v": v, "params": params}
+        p, rates = state["params"], {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps}
+        delta = sub(super().merge(state, updates, server)["params"], p)
+        p, m, v = descent.adam(p, state["m"], state["v"], delta, lr=self.lr_server, **rates)
+        return {**state, "m": m, "v": v, "params": p}

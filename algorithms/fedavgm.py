@@ -4,6 +4,7 @@ Paper: Hsu, Qi and Brown, Measuring the Effects of Non-Identical Data Distributi
 Classification, 2019.
 Travels down: the model. Travels up: the model. Remembered by the client: nothing.
 Differences from the paper: none. (A public benchmark sets v = b v + (1 - b) Delta with b = 1, which never moves.)
+Running statistics of BatchNorm, where a net has them, are averaged.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 from torch import Generator
 
 from algorithms.fedavg import FedAvg
+from harness import descent
 from harness.protocol import Decay, Positive, Server, State, Update, World
-from harness.trees import add, scale, sub, zeros
+from harness.trees import sub, zeros
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class FedAvgM(FedAvg):
 
     def merge(self, state: State, updates: Sequence[Update], server: Server) -> State:
         """One step of heavy-ball momentum on the server."""
-        delta = sub(super().merge(state, updates, server)["params"], state["params"])
-        velocity = add(delta, scale(state["velocity"], self.beta))
-        return {**state, "velocity": velocity, "params": add(state["params"], velocity, self.lr_server)}
+        p = state["params"]
+        delta = sub(super().merge(state, updates, server)["params"], p)
+        p, velocity = descent.momentum(p, state["velocity"], delta, lr=self.lr_server, beta=self.beta)
+        return {**state, "velocity": velocity, "params": p}

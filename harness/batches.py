@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from harness.data import Augment
+from harness.data import Augment, Card
 
 
 def augment(x: Tensor, how: Augment, rng: Generator) -> Tensor:
@@ -43,6 +43,11 @@ def normalise(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Ten
     return x.float().sub_(center).div_(spread)
 
 
+def ready(x: Tensor, about: Card) -> Tensor:
+    """Rows of a data set as nets take them: images normalised, tokens [B, T] as int64."""
+    return x.long() if about.tokens else normalise(x, about.mean, about.std)
+
+
 def rotate(x: Tensor, degrees: float) -> Tensor:
     """Every image of x [B, C, H, W] turned about its centre, bilinear, with the edge's values beyond the edge."""
     angle = math.radians(degrees)
@@ -68,7 +73,7 @@ def passes(rows: int, batch: int, epochs: float, drop_last: bool, rng: Generator
 
     With `drop_last` the short batch at the end of a pass is left out, but never the only one. No rows, no batches.
     """
-    for epoch in range(math.ceil(epochs) if rows else 0):
+    for epoch in range(math.ceil(epochs - 1e-9) if rows else 0):  # .07 * 100 is more than 7
         order = torch.randperm(rows, generator=rng, device=rng.device)
         chunks = torch.split(order, batch)
         if drop_last and len(chunks) > 1 and len(chunks[-1]) < batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -14,9 +14,10 @@ from harness.refusal import Refused, unknown
 if TYPE_CHECKING:
     from harness.axes import Sweep
 
+
+Misused: Any = typer.BadParameter.__mro__[2]  # what click raises; newer typers bring a click of their own
 app = typer.Typer(
     help="Measures knowledge-distillation methods for federated learning, side by side, under one protocol.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -56,6 +57,18 @@ def run(
 
 
 @app.command()
+def check(
+    method: Annotated[str, typer.Argument(help="a method (fedstill show methods) or a path to its .py file")],
+    overrides: Overrides = None,
+) -> None:
+    """Run the conformance suite on a method, with these hyper-parameters; exit code 1 if it fails a check."""
+    from harness.show import check_page
+
+    if not check_page(method, overrides or []):
+        raise typer.Exit(1)
+
+
+@app.command()
 def board(
     results: Annotated[Path, typer.Argument(help="a results folder")],
     metric: Annotated[str, typer.Option(help="which column to rank by")] = "accuracy_last10",
@@ -90,57 +103,64 @@ def show(
 
 
 def _run(planned: Sweep, results: Path | None) -> None:
-    from rich.console import Console
-
-    from harness.progress import Display
+    from harness.progress import Display, console
     from harness.sweep import run as run_cells
 
     folder = (results or Path("results") / planned.name).resolve()
-    console = Console()
-    with Display(console, planned.axes) as display:
+    out = console()
+    with Display(out, planned.axes) as display:
         try:
             outcome = run_cells(planned, folder, display)
         except KeyboardInterrupt:
-            console.print("\nInterrupted. What has ended is kept: the same command goes on.", style="yellow")
+            out.print("Interrupted. What has ended is kept: the same command goes on.", style="yellow")
             raise
     for problem in outcome.problems:
-        console.print(problem, style="yellow", highlight=False)
+        out.print(problem, style="yellow", highlight=False, markup=False)
     _print_board(folder, "accuracy_last10")
     if outcome.failed:
-        console.print(f"{outcome.failed} trials failed: the reasons are above and in the table of trials.")
+        out.print(f"Trials that failed: {outcome.failed}. The reasons are above and in the table of trials.")
         raise typer.Exit(1)
 
 
 def _print_board(results: Path, metric: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from harness import board as boards
+    from harness.progress import console
 
-    found = boards.table(results, metric)
-    console = Console()
+    found, out = boards.table(results, metric), console()
     grid = Table(title=found.title, title_justify="left", show_edge=False, pad_edge=False)
     grid.add_column("method", no_wrap=True)
     for column in found.columns:
         grid.add_column(column, justify="right")
     for name, cells in zip(found.rows, found.cells, strict=True):
         grid.add_row(name, *map(str, cells))
-    console.print(grid, markup=False)
+    out.print(grid, markup=False)
     for note in found.notes:
-        console.print(f"- {note}", highlight=False, markup=False)
-    console.print(f"Written to {boards.write(results)}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"- {note}", highlight=False, markup=False)
+    out.print(f"Written to {boards.write(results)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:
-    """Entry point. Refused input: one line on stderr, exit code 2. Ctrl-C: 130; SIGTERM: 143."""
+    """Entry point. Refused input: one line on stderr, exit code 2. Failed trials: 1. Ctrl-C: 130; SIGTERM: 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    words = sys.argv[1:] or ["--help"]
+    commands = [c.callback.__name__ for c in app.registered_commands if c.callback]
     try:
-        app()
+        if not words[0].startswith("-") and words[0] not in commands:
+            raise unknown("command", words[0], commands)
+        sys.exit(app(words, standalone_mode=False))
     except Refused as refusal:
-        print(f"fedstill: {refusal}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        said = str(refusal)
+    except Misused as error:
+        here = ["fedstill", *(word for word in words[:1] if word in commands), "--help"]
+        said = f"{error.format_message().rstrip('.')}: see {' '.join(here)}"
+    except OSError as problem:  # such as a name too long for the file system, or a full disk
+        said = str(problem)
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    print(f"fedstill: {said}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

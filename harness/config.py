@@ -91,6 +91,7 @@ def resolve(raw: Mapping[str, Any]) -> Trial:
         }
     )
     _check_needs(whole)
+    _check_domains(whole)
     return whole
 
 
@@ -230,6 +231,21 @@ def _check_needs(trial: Trial) -> None:
             )
         if "labelled_proxy" in needs:
             raise Unfit("proxy.source", f"method {label} needs labels of {trial.dataset}: set proxy.source=train")
+
+
+def _check_domains(trial: Trial) -> None:
+    """What only some data can do: domains of their own; a feature shift and foreign proxy data, which are for images."""
+    how, name = trial.partition, trial.dataset
+    if how.domains == "card" and not cards.read("datasets", name).get("domains"):
+        raise Unfit("partition.domains", f"{name} has no domains of its own: set partition.domains=halves, or none")
+    if trial.fleet.by == "domain" and how.domains == "none":
+        raise Unfit("fleet.by", "fleet.by = domain needs domains: set partition.domains=card, or halves")
+    if len(_rows_of(name)[0]) > 1:
+        return
+    if how.shift != "none":
+        raise Unfit("partition.shift", f"{name} is text: partition.shift = {how.shift} is for images")
+    if trial.proxy.source not in ("none", "train", name):
+        raise Unfit("proxy.source", f"{trial.proxy.source} has another vocabulary than {name}: set proxy.source=train")
 
 
 def _rows_of(dataset: str) -> tuple[tuple[int, ...], int]:

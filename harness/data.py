@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from harness import cards, formats, sources
+from harness import cards, formats, sources, text
 from harness.refusal import Refused
 
 Bytes = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
+Inputs = npt.NDArray[np.integer]  # images uint8 [n, C, H, W] or tokens int16 or int32 [n, T]
 
 
 class Augment(BaseModel):
@@ -29,49 +31,100 @@ class Augment(BaseModel):
     pad_mode: Literal["zeros", "reflect"] = "zeros"
 
 
+class Reading(BaseModel):
+    """How texts become rows, windows of words; see `text`. 0 is no limit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    windows: Annotated[int, Field(ge=0)] = 0  # of one text, at most
+    train_texts: Annotated[int, Field(ge=0)] = 0  # of one domain, at most
+    test_texts: Annotated[int, Field(ge=0)] = 0
+
+
 class Card(sources.Source):
-    """A data set as its card describes it. shape: (channels, height, width). mean, std: of x/255, per channel."""
+    """A data set as its card describes it.
+
+    Images: shape (channels, height, width); mean, std of x/255, per channel. Text: shape (words before the next one,);
+    classes is the size of the vocabulary, which is made from the training texts.
+    """
 
     title: str
     licence: str
     note: str = ""
-    format: Literal["digits", "idx", "cifar", "svhn", "images"]
-    shape: tuple[int, int, int]
+    format: Literal["digits", "idx", "cifar", "svhn", "images", "glosses", "posts"]
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
     classes: Annotated[int, Field(ge=2)]
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[Annotated[float, Field(gt=0)], ...]
-    train: int  # rows
-    test: int
+    class_names: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    train: int = 0  # rows; 0: as many as there are, for files that a user brings
+    test: int = 0
     default_net: str
     augment: Augment = Augment()
+    domains: tuple[str, ...] = ()  # names of parts of the data set between which its rows are told apart
+    reading: Reading = Reading()
     arrays: sources.Checksum = ""  # of the loaded arrays, where it is known: "sha256:" + Arrays.checksum()
     label_key: str = "labels"  # cifar: which of its labels
     first_label: int = 0  # idx: the label that becomes class 0
     transposed: bool = False  # idx: images are stored column by column
 
+    @property
+    def tokens(self) -> bool:
+        """Whether rows are windows of words, not images."""
+        return self.format in ("glosses", "posts")
+
     @model_validator(mode="after")
     def _lengths_agree(self) -> Card:
+        if len(self.shape) != (1 if self.tokens else 3):
+            raise ValueError(f"shape has {len(self.shape)} numbers: images have 3, text has 1")
+        if self.tokens:
+            return self._text_agrees()
+        if self.domains or self.reading != Reading():
+            raise ValueError("domains and reading are for text")
+        if min(self.train, self.test) < 1:
+            raise ValueError("train and test must say how many rows there are")
         if len(self.class_names) != self.classes:
             raise ValueError(f"classes = {self.classes}, but class_names has {len(self.class_names)} names")
         if not len(self.mean) == len(self.std) == self.shape[0]:
             raise ValueError(f"mean and std need one value for each of the {self.shape[0]} channels")
         return self
 
+    def _text_agrees(self) -> Card:
+        if self.mean or self.std or self.class_names or self.augment != Augment():
+            raise ValueError("text has no mean, std, class_names or augment")
+        if not self.domains or len(set(self.domains)) < len(self.domains):
+            raise ValueError("text needs the names of its domains, each once")
+        if self.format == "glosses":
+            text.check_domains(self.domains)
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """Images uint8 [n, C, H, W] and labels int64 [n], C-contiguous. Normalising is left to the device."""
+    """Images uint8 [n, C, H, W] or tokens [n, T], labels int64 [n], C-contiguous. Normalising is left to the device.
 
-    x_train: Bytes
+    domains: int64 [n] numbers of the rows' domains, in the order of the card; None where a data set has none.
+    """
+
+    x_train: Inputs
     y_train: Labels
-    x_test: Bytes
+    x_test: Inputs
     y_test: Labels
+    domains_train: Labels | None = None
+    domains_test: Labels | None = None
+
+    def empty(self) -> Arrays:
+        """The same arrays without rows."""
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        cut: dict[str, Any] = {name: part if part is None else part[:0] for name, part in parts.items()}
+        return Arrays(**cut)
 
     def checksum(self) -> str:
-        """sha256 (hex) over the type, shape and bytes of the four arrays: the provenance of every trial."""
+        """sha256 (hex) over the type, shape and bytes of the arrays there are: the provenance of every trial."""
         digest = hashlib.sha256()
-        for array in (self.x_train, self.y_train, self.x_test, self.y_test):
+        for array in (getattr(self, field.name) for field in fields(self)):
+            if array is None:
+                continue
             digest.update(f"{array.dtype.name}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
@@ -97,9 +150,15 @@ def load(card: Card, folder: Path | None = None, download: bool = True) -> Array
         arrays = _digits()
     else:
         found = sources.locate(card, folder, download)
-        arrays = _read_images(card, found) if card.format == "images" else _read_batches(card, found)
+        arrays = _readers(card)(card, found)
     _check(card, arrays)
     return arrays
+
+
+def _readers(card: Card) -> Callable[[Card, Path], Arrays]:
+    if card.tokens:
+        return _read_texts
+    return _read_images if card.format == "images" else _read_batches
 
 
 def _digits() -> Arrays:
@@ -171,27 +230,56 @@ def _numbered(card: Card, rows: list[tuple[str, str]], annotated: dict[str, str]
     return np.array([number[label] for label in labels], dtype=np.int64)
 
 
+def _read_texts(card: Card, found: Path) -> Arrays:
+    """Data sets of texts, as windows of words."""
+    read = text.glosses if card.format == "glosses" else text.posts
+    ordered = sorted(sources.entries(card, found))
+    how = card.reading
+    texts = text.sample(
+        (one for key, _, data in ordered for one in read(data, key, card.domains)), how.train_texts, how.test_texts
+    )
+    tokens = text.vocabulary(texts, card.classes)
+    train, test = (
+        text.windows([t for t in texts if t.test == side], tokens, card.shape[0], how.windows, card.classes)
+        for side in (False, True)
+    )
+    return Arrays(train.x, train.y, test.x, test.y, train.domain, test.domain)
+
+
 def _is_test(key: str) -> bool:
     return "test" in key or key.startswith("t10k") or key.endswith("val/")
 
 
 def _count(card: Card, test: bool, found: int, expected: int) -> None:
+    if card.tokens and not expected:  # the user's own file
+        return
     if found != expected:
         part = "test" if test else "training"
         raise Refused(f"{card.name}: {found} {part} rows were found, its card says {expected}")
 
 
 def _check(card: Card, arrays: Arrays) -> None:
-    """What the card promises: counts, shapes, every class on both sides and, where known, a checksum of the whole."""
-    sides = ((arrays.x_train, arrays.y_train, card.train), (arrays.x_test, arrays.y_test, card.test))
-    for test, (x, y, expected) in enumerate(sides):
+    """What the card promises: counts, shapes, what has to occur on both sides and, where known, a checksum."""
+    sides = (
+        (arrays.x_train, arrays.y_train, arrays.domains_train, card.train),
+        (arrays.x_test, arrays.y_test, arrays.domains_test, card.test),
+    )
+    for test, (x, y, domains, expected) in enumerate(sides):
         part = f"{card.name}, {'test' if test else 'training'} part"
         _count(card, bool(test), len(y), expected)
-        if x.shape != (expected, *card.shape):
-            raise Refused(f"{part}: images of shape {x.shape}, its card says {(expected, *card.shape)}")
-        if y.min() < 0 or y.max() >= card.classes:
-            raise Refused(f"{part}: labels from {y.min()} to {y.max()}, its card says 0 to {card.classes - 1}")
-        if absent := [card.class_names[c] for c in np.flatnonzero(np.bincount(y, minlength=card.classes) == 0)]:
-            raise Refused(f"{part}: no row of class {', '.join(absent[:3])!r}")
+        if domains is None:
+            _all_there(part, "class", card.class_names, y)
+        else:
+            _all_there(part, "domain", card.domains, domains)
+        if x.shape != (len(y), *card.shape):
+            raise Refused(f"{part}: rows of shape {x.shape}, its card says {(len(y), *card.shape)}")
     if card.arrays and card.arrays != (found := f"sha256:{arrays.checksum()}"):
         raise Refused(f"{card.name}: the arrays have the wrong checksum: expected {card.arrays}, found {found}")
+
+
+def _all_there(part: str, what: str, names: tuple[str, ...], numbers: Labels) -> None:
+    """Refused unless the numbers are those of all the names. (Of a vocabulary not every word is in a test part.)"""
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(names):
+        raise Refused(f"{part}: labels from {numbers.min()} to {numbers.max()}, its card says 0 to {len(names) - 1}")
+    if absent := [names[i] for i in np.flatnonzero(np.bincount(numbers, minlength=len(names)) == 0)]:
+        raise Refused(f"{part}: no row of {what} {', '.join(absent[:3])!r}")

@@ -18,6 +18,7 @@ from harness.nets import Net
 from harness.trees import Tree
 
 BINS = 15  # of the expected calibration error, Guo et al. 2017
+LISTED = 1000  # classes up to which every round keeps the recall of each
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -48,8 +49,9 @@ def count(net: Net, p: Tree, x: Tensor, y: Tensor) -> Counts:
 def count_logits(logits: Tensor, y: Tensor) -> Counts:
     """The same from logits [B, C]."""
     classes = logits.shape[1]
-    confidence, guess = logits.softmax(1).max(1)
-    hit = guess == y
+    shares = F.log_softmax(logits, 1)
+    best, guess = shares.max(1)
+    confidence, hit = best.exp(), guess == y
     bins = (confidence * BINS).long().clamp_(0, BINS - 1)
 
     def tally(index: Tensor, length: int, weight: Tensor | None = None) -> Vector:
@@ -63,7 +65,7 @@ def count_logits(logits: Tensor, y: Tensor) -> Counts:
         bin_rows=tally(bins, BINS),
         bin_hits=tally(bins[hit], BINS),
         bin_confidence=tally(bins, BINS, confidence),
-        loss=float(F.cross_entropy(logits.double(), y, reduction="sum")),
+        loss=float(-shares.gather(1, y[:, None]).double().sum()) + 0.0,
     )
 
 
@@ -71,11 +73,11 @@ def metrics(counts: Counts, tail: Mask) -> dict[str, Any]:
     """The metrics of a model on a test set.
 
     tail: [C] of bool, the classes with the fewest training rows. Shares are in [0, 1], the loss in nats a row.
-    Classes without test rows are left out of the means over classes.
+    Classes without test rows are left out of the means over classes. recall is None for more classes than LISTED.
     """
     there = counts.rows > 0
     total = counts.rows.sum()
-    recall = np.divide(counts.hits, counts.rows, out=np.full_like(counts.rows, np.nan), where=there)
+    recall = recall_of(counts)
     f1 = 2 * counts.hits[there] / (counts.rows[there] + counts.predicted[there])
     of_tail = recall[there & tail]
     return {
@@ -86,20 +88,25 @@ def metrics(counts: Counts, tail: Mask) -> dict[str, Any]:
         "tail_recall": float(of_tail.mean()) if len(of_tail) else None,
         "loss": counts.loss / float(total),
         "ece": float(np.abs(counts.bin_hits - counts.bin_confidence).sum() / total),
-        "recall": [float(r) for r in recall],
+        "recall": [float(r) for r in recall] if len(recall) <= LISTED else None,
     }
+
+
+def recall_of(counts: Counts) -> Vector:
+    """Recall of each class [C]; NaN for classes without rows."""
+    return np.divide(counts.hits, counts.rows, out=np.full_like(counts.rows, np.nan), where=counts.rows > 0)
 
 
 def own_label_metrics(recall: Vector, mixes: Vector) -> dict[str, float]:
     """Accuracy that each client would see on its own label mix, from the global model's recall.
 
     recall: [C] with NaN for classes without test rows; mixes: [N, C] rows that add up to 1. A client whose labels
-    have no test rows is left out.
+    have no test rows is left out; without any client there is no such accuracy, and the result is empty.
     """
     known = ~np.isnan(recall)
     covered = mixes[:, known].sum(1)
     scores = (mixes[:, known] @ recall[known])[covered > 0] / covered[covered > 0]
-    return spread(scores)
+    return spread(scores) if len(scores) else {}
 
 
 def spread(scores: Vector) -> dict[str, float]:

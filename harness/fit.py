@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -55,13 +55,14 @@ class Weights:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Stochastic gradient descent with heavy-ball momentum, or Adam with its usual betas; L2 added to gradients."""
+    """Stochastic gradient descent with heavy-ball momentum, or Adam; L2 added to gradients."""
 
     kind: Kind = "sgd"
     lr: float = 0.01
     momentum: float = 0.0
     weight_decay: float = 0.0
     clip: float = 0.0  # largest norm of a gradient; 0: as it is
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam's
 
     def bind(self, weights: Weights, moments: Tree | None = None) -> Callable[[float], None]:
         """An optimizer: what it returns takes a step along `weights.gradient`, at a factor of the rate.
@@ -71,7 +72,7 @@ class Optimizer:
         if self.kind == "adam":
             flat = torch.nn.Parameter(weights.vector)
             flat.grad = weights.gradient
-            adam = torch.optim.Adam([flat], lr=self.lr, weight_decay=self.weight_decay, foreach=False)
+            adam = torch.optim.Adam([flat], self.lr, self.betas, weight_decay=self.weight_decay, foreach=False)
             if moments is not None:
                 zeros = {name: torch.zeros_like(weights.vector) for name in ("exp_avg", "exp_avg_sq")}
                 moments.update({"step": torch.zeros(()), **zeros, **moments})
@@ -160,6 +161,8 @@ def visit_batches(
     batch where they are augmented.
     """
     told: dict[str, Tensor] = {}
+    if phase.rows is not None:
+        rows = replace(rows, x=rows.x[phase.rows], y=rows.y[phase.rows])
     if rows.augment is None:
         parts = [method.teach(net, x, inbox, memory) for x in torch.split(rows.x, max(batch, 256))]
         told = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
@@ -171,7 +174,8 @@ def visit_batches(
         else:
             x = augment(x, rows.augment, streams.augment)
             extra = method.teach(net, x, inbox, memory)
-        yield method.draw(net, Batch(x, rows.y[index], extra, phase=phase.name), inbox, memory, streams.draw)
+        rows_now = Batch(x, rows.y[index], {**extra, "row": index}, phase=phase.name)
+        yield method.draw(net, rows_now, inbox, memory, streams.draw)
 
 
 @dataclass
@@ -217,11 +221,12 @@ class Workbench:
         optimizer: Kind = "adam",
         lr: float,
         weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
         cosine: bool = False,
         moments: Tree | None = None,
     ) -> Tree:
         """`steps` steps on `loss` from `p`."""
-        rule = Optimizer(optimizer, lr, weight_decay=weight_decay)
+        rule = Optimizer(optimizer, lr, weight_decay=weight_decay, betas=betas)
         schedule = (lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)) if cosine else None
         batches = (draw(step) for step in range(steps))
         fitted = descend(p, lambda tree, batch: (loss(tree, batch), {}), batches, rule, schedule, moments)

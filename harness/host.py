@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from harness import registry
-from harness.batches import Rows, normalise, rotate
+from harness.batches import Rows, ready, rotate
 from harness.data import Arrays, card
 from harness.evaluate import Counts, count_logits
 from harness.fit import Fitted, Optimizer, Streams, Workbench, descend, visit_batches
@@ -44,6 +44,7 @@ class ClientHost:
             self.y_train = torch.tensor(setup.arrays.y_train, device=self.device)
             self.x_test = torch.tensor(setup.arrays.x_test, device=self.device)
             self.y_test = torch.tensor(setup.arrays.y_test, device=self.device)
+        self.domains = {name: torch.tensor(rows, device=self.device) for name, rows in setup.domains.items()}
         self.shifts = shift(setup.trial.partition, setup.trial.clients, setup.trial.seed)
         self._proxy: Rows | None = None
         self._opened: dict[str, Tree] = {}
@@ -54,7 +55,7 @@ class ClientHost:
         started = time.perf_counter()
         net, received = self.world.net(order.net), self._inbox(order, parts)
         bench = self._bench(order)
-        before = self.method.remember(net, received, bench.rng("memory")) if memory is None else self._tree(memory)
+        before = self._tree(self.method.remember(net, received, bench.rng("memory")) if memory is None else memory)
         start = self.method.start(net, received, before)
         inbox = self.method.prepare(net, received, before, bench)
         fitted = self._train(net, start, inbox, before, bench, order)
@@ -88,11 +89,13 @@ class ClientHost:
             return count_logits(net.frozen(own, rows.x), rows.y)
         if what.model not in self._opened:
             self._opened[what.model] = self._tree(params)
-        x = self._normal(self.x_test[what.start : what.stop])
+        part = slice(what.start, what.stop)
+        index = self.domains[what.domain][part] if what.domain else part
+        x = ready(self.x_test[index], self.card)
         members = list(self._opened[what.model].values())
         said = [self.world.net(name).frozen(p, x) for name, p in zip(what.nets, members, strict=True)]
         logits = said[0] if len(said) == 1 else torch.stack(said).mean(0)
-        return count_logits(logits, self.y_test[what.start : what.stop])
+        return count_logits(logits, self.y_test[index])
 
     def _bench(self, order: Order) -> Workbench:
         client = order.visit.client
@@ -144,12 +147,9 @@ class ClientHost:
             inbox |= self._opened[key]
         return inbox
 
-    def _normal(self, x: torch.Tensor) -> torch.Tensor:
-        return normalise(x, self.card.mean, self.card.std)
-
     def _rows(self, client: int, held: Sequence[Any]) -> Rows:
         index = torch.from_numpy(np.array(held[client])).to(self.device)
-        x = self._normal(self.x_train[index])
+        x = ready(self.x_train[index], self.card)
         level = float(self.shifts[client]) if self.trial.partition.shift != "none" else 0.0
         if self.trial.partition.shift == "rotation" and level:
             x = rotate(x, level)

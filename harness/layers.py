@@ -48,12 +48,12 @@ def tensors(module: nn.Module) -> Tree:
     return {name: x for name, x in module.state_dict().items() if not name.endswith("num_batches_tracked")}
 
 
-def shape_after(module: nn.Module, shape: Shape) -> Shape:
+def shape_after(module: nn.Module, shape: Shape, dtype: torch.dtype = torch.float32) -> Shape:
     """The shape of one row behind a module on the CPU. Raises RuntimeError if it can't take rows of this shape."""
     # A real pass: the meta device would import sympy first, for seconds.
     training = module.training
     with torch.no_grad():
-        result = module.eval()(torch.zeros(1, *shape, device="cpu")).shape[1:]
+        result = module.eval()(torch.zeros(1, *shape, dtype=dtype, device="cpu")).shape[1:]
     module.train(training)
     return tuple(result)
 
@@ -119,6 +119,23 @@ def _residual(layer: Residual, at: str) -> Op:
     return lambda p, x, train: torch.relu(body(p, x, train) + shortcut(p, x, train))
 
 
+def _embedding(layer: nn.Embedding, at: str) -> Op:
+    weight = at + "weight"
+    return lambda p, x, train: F.embedding(x, p[weight])
+
+
+def _last_state(layer: LastState, at: str) -> Op:
+    names = [f"{at}gru.{kind}_{to}_l0" for kind in ("weight", "bias") for to in ("ih", "hh")]
+    width = layer.gru.hidden_size
+
+    def run(p: Tree, x: Tensor, train: bool) -> Tensor:
+        start = x.new_zeros(1, len(x), width)
+        state: Tensor = torch.gru(x, start, [p[name] for name in names], True, 1, 0.0, train, False, True)[1]
+        return state[0]
+
+    return run
+
+
 def _other(layer: nn.Module, at: str) -> Op:
     """Any other module, called with the tensors in its place. Slower; for blocks of other libraries."""
     modes = {mode: copy.deepcopy(layer).to("meta").train(mode) for mode in (True, False)}  # no weights in memory
@@ -153,6 +170,47 @@ class Residual(nn.Module):
         return torch.relu(self.body(x) + self.shortcut(x))
 
 
+class Attention(nn.Module):
+    """Features weighted by a softmax over them: u = d softmax(W f) f, or without the factor d if not `rescale`.
+
+    W [d, d] starts at zero and draws no random numbers: a net with it starts as the net without it, bit for bit.
+    """
+
+    def __init__(self, width: int, rescale: bool = True) -> None:
+        super().__init__()
+        self.rescale = rescale
+        self.weight = nn.Parameter(torch.zeros(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, d] -> [B, d]."""
+        return _attend(x, self.weight, self.rescale)
+
+
+def _attend(x: Tensor, weight: Tensor, rescale: bool) -> Tensor:
+    scores = F.linear(x, weight)
+    powers = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+    # The factor goes into the quotient: d ones add up to d, so equal scores give exactly 1.
+    return x * (powers * ((x.shape[-1] if rescale else 1) / powers.sum(-1, keepdim=True)))
+
+
+def _attention(layer: Attention, at: str) -> Op:
+    weight, rescale = at + "weight", layer.rescale
+    return lambda p, x, train: _attend(x, p[weight], rescale)
+
+
+class LastState(nn.Module):
+    """A gated recurrent unit (Cho et al. 2014) over a sequence, of which the last state is kept."""
+
+    def __init__(self, inner: int, width: int) -> None:
+        super().__init__()
+        self.gru = nn.GRU(inner, width, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, inner] -> [B, width]."""
+        state: Tensor = self.gru(x)[1]
+        return state[0]
+
+
 _RULES: dict[type[nn.Module], Callable[[Any, str], Op]] = {
     nn.Sequential: _chain,
     nn.Conv2d: _convolution,
@@ -163,6 +221,9 @@ _RULES: dict[type[nn.Module], Callable[[Any, str], Op]] = {
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
     Residual: _residual,
+    nn.Embedding: _embedding,
+    LastState: _last_state,
+    Attention: _attention,
     nn.ReLU: lambda layer, at: lambda p, x, train: torch.relu(x),
     nn.LeakyReLU: lambda layer, at: lambda p, x, train: F.leaky_relu(x, layer.negative_slope),
     nn.Sigmoid: lambda layer, at: lambda p, x, train: torch.sigmoid(x),

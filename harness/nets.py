@@ -19,19 +19,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.layers import Op, Shape, compiled, seeded, sequence, shape_after, tensors
+from harness.layers import Attention, Op, Shape, compiled, seeded, sequence, shape_after, tensors
 from harness.refusal import Refused, unknown
 from harness.trees import Tree
-from harness.zoo import ZOO
+from harness.zoo import RECURRENT, ZOO
 
 CUTS = ("features", "latent")
 Style: TypeAlias = Literal["auto", "kdia", "fedgen"]
+# What a net's name may end with: an attention on its latent (see `layers.Attention`), with its factor d or without.
+ADDITIONS = {"+attention": True, "+attention-plain": False}
 LAYERS = 4  # transposed convolutions of a generator of the style kdia
 
 
 @dataclass(frozen=True)
 class Net:
     """A net for one input shape (without B) and number of classes C. Holds no parameters; `build` makes it.
+
+    Its inputs are images, float [B, channels, height, width], or tokens, int64 [B, T].
 
     features_shape is the shape of one row at the cut "features", latent_width is Z, its width at the cut "latent".
     """
@@ -53,7 +57,7 @@ class Net:
 
     def module(self) -> nn.Sequential:
         """The same net as a plain module; its children are the three stages. For export and for checks."""
-        return ZOO[self.name](self.input_shape, self.classes)
+        return _stages(self.name, self.input_shape, self.classes)
 
     def __call__(self, p: Tree, x: Tensor, train: bool = True) -> Tensor:
         """Logits [B, C] of inputs x: [B, *input_shape]."""
@@ -91,18 +95,21 @@ class Net:
         return self.features_shape if at == "features" else (self.latent_width,)
 
 
-def names() -> tuple[str, ...]:
-    """The names of all nets."""
-    return tuple(ZOO)
+def names(of: str = "") -> tuple[str, ...]:
+    """The names of all nets; and those of the variants of one net, given the name of any of them."""
+    base = of.partition("+")[0]
+    return (*ZOO, *(base + addition for addition in ADDITIONS if base in ZOO))
 
 
 @cache
 def build(name: str, input_shape: Shape, classes: int) -> Net:
-    """The net of that name for images of (channels, height, width). Raises Refused if there can be none."""
-    if name not in ZOO:
-        raise unknown("net", name, ZOO)
-    if len(input_shape) != 3 or min(input_shape) < 1:
-        raise Refused(f"net {name!r} takes images of shape (channels, height, width), not {tuple(input_shape)}.")
+    """The net of that name for images of (channels, height, width) or tokens (T,). Refused if there can be none."""
+    if name not in names(of=name):
+        raise unknown("net", name, names(of=name))
+    recurrent = name.partition("+")[0] in RECURRENT
+    if len(input_shape) != (1 if recurrent else 3) or min(input_shape) < 1:
+        inputs = "tokens of shape (words,)" if recurrent else "images of shape (channels, height, width)"
+        raise Refused(f"net {name!r} takes {inputs}, not {tuple(input_shape)}.")
     if classes < 2:
         raise Refused(f"a net needs at least 2 classes, not {classes}.")
     try:
@@ -115,9 +122,23 @@ def build(name: str, input_shape: Shape, classes: int) -> Net:
         raise Refused(f"net {name!r} cannot take {shape} images: it needs {least}x{least} or more.") from cause
 
 
+def _stages(name: str, input_shape: Shape, classes: int) -> nn.Sequential:
+    base, plus, addition = name.partition("+")
+    stages = ZOO[base](input_shape, classes)
+    if plus:
+        width = next(stages.get_submodule("head").parameters()).shape[1]
+        stages.get_submodule("latent").add_module("attention", Attention(width, ADDITIONS[plus + addition]))
+    return stages
+
+
+def sibling(net: Net, name: str) -> Net:
+    """The net of another name for the same data."""
+    return net if name == net.name else build(name, net.input_shape, net.classes)
+
+
 def _trace(name: str, input_shape: Shape, classes: int) -> Net:
-    features, latent, head = seeded(lambda: ZOO[name](input_shape, classes), torch.Generator())
-    at_features = shape_after(features, input_shape)
+    features, latent, head = seeded(lambda: _stages(name, input_shape, classes), torch.Generator())
+    at_features = shape_after(features, input_shape, torch.int64 if len(input_shape) == 1 else torch.float32)
     (width,) = shape_after(latent, at_features)
     shape_after(head, (width,))
     return Net(name, input_shape, classes, at_features, width, (compiled(features), compiled(latent), compiled(head)))

@@ -58,14 +58,16 @@ def divide(labels: Ints, classes: int, trial: Trial, domains: Ints | None = None
     train, validation, test = (tuple(part) for part in zip(*parts, strict=True))
     counts = np.stack([np.bincount(labels[rows], minlength=classes) for rows in train])
     levels = assign_levels(counts, side, trial.fleet, seed)
-    digest = _digest((*train, *validation, *test, proxy)) if trial.holdout.test or len(proxy) else whole.digest
+    kept = trial.holdout.test or trial.holdout.validation or len(proxy)
+    digest = _digest((*train, *validation, *test, proxy)) if kept else whole.digest
     return Split(train, rest[whole.left], counts, digest, describe(counts), validation, test, proxy, levels)
 
 
 def assign_levels(counts: Ints, side: Ints, fleet: Fleet, seed: int) -> tuple[int, ...]:
     """The level of each client. counts: [N, C]; side: [N] domains.
 
-    Clients are ordered by what `fleet.by` says (seeded, ties too) and cut by the levels' shares, smallest net first.
+    Clients are ordered by what `fleet.by` says (seeded, ties too) and cut by the levels' shares, smallest net first;
+    but with as many domains as levels and no shares given, the levels are the domains, whatever their sizes.
     """
     n, depth = len(counts), max(1, len(fleet.nets))
     tie = numpy_stream(seed, "levels").permutation(n)
@@ -76,8 +78,9 @@ def assign_levels(counts: Ints, side: Ints, fleet: Fleet, seed: int) -> tuple[in
     order = np.lexsort((tie, keys[fleet.by]))
     shares = np.array(fleet.shares or [1 / depth] * depth)
     cuts = np.round(np.cumsum(shares)[:-1] * n).astype(int)
-    if fleet.by == "domain" and depth == 2:
-        cuts = np.array([int((side == 0).sum())])  # the pools are the domains, whatever their sizes
+    _, members_of = np.unique(side, return_counts=True)
+    if fleet.by == "domain" and not fleet.shares and len(members_of) == depth:
+        cuts = np.cumsum(members_of)[:-1]
     levels = np.empty(n, np.int64)
     for level, members in enumerate(np.split(order, cuts)):
         levels[members] = level
@@ -98,9 +101,14 @@ def _proxy_rows(labels: Ints, classes: int, trial: Trial) -> Ints:
     return np.sort(order[np.argsort(rank[order], kind="stable")][:wanted])
 
 
+def halves(labels: Ints, classes: int) -> Ints:
+    """[n]: 0 for rows of the lower half of the classes, 1 for the upper."""
+    return (labels >= classes // 2).astype(np.int64)
+
+
 def _sides(labels: Ints, classes: int, how: Partition, domains: Ints | None) -> Ints:
     if how.domains == "halves":
-        return (labels >= classes // 2).astype(np.int64)
+        return halves(labels, classes)
     if domains is None:
         raise Refused("partition.domains = 'card', but this data set has no domains: use 'halves' or 'none'")
     return domains
@@ -113,12 +121,10 @@ def _split_sides(
     names, rows = np.unique(side, return_counts=True)
     if clients < len(names):
         raise Refused(f"clients = {clients} is less than the {len(names)} domains")
-    ends = np.round(np.cumsum(rows) / rows.sum() * clients).astype(int)
-    ends = np.minimum(np.maximum(ends, np.arange(1, len(names) + 1)), clients - np.arange(len(names))[::-1])
     parts: list[Ints] = []
     owner: list[int] = []
     left: list[Ints] = []
-    for name, share in zip(names, np.diff(ends, prepend=0), strict=True):
+    for name, share in zip(names, _seats(rows, clients), strict=True):
         own = np.flatnonzero(side == name)
         part = split(labels[own], classes, int(share), how, seed + int(name))
         parts += [own[mine] for mine in part.clients]
@@ -127,6 +133,17 @@ def _split_sides(
     counts = np.stack([np.bincount(labels[mine], minlength=classes) for mine in parts])
     spare = np.sort(np.concatenate(left))
     return Split(tuple(parts), spare, counts, _digest(tuple(parts)), describe(counts)), np.array(owner)
+
+
+def _seats(rows: Ints, clients: int) -> Ints:
+    """Clients of each domain: by largest remainder, but one at least."""
+    exact = rows / rows.sum() * clients
+    seats: Ints = np.maximum(1, np.floor(exact)).astype(np.int64)
+    while seats.sum() < clients:
+        seats[np.argmax(exact - seats)] += 1
+    while seats.sum() > clients:
+        seats[np.argmin(np.where(seats > 1, exact - seats, np.inf))] -= 1
+    return seats
 
 
 def _hold_out(rows: Ints, holdout: Holdout, seed: int, client: int) -> tuple[Ints, Ints, Ints]:
@@ -203,7 +220,8 @@ def _digest(rows: tuple[Ints, ...]) -> str:
 
 def _piles(labels: Ints, classes: int, how: Partition, rng: np.random.Generator) -> list[Ints]:
     """The rows of each class in random order, after `fraction` and the long tail."""
-    piles = [rng.permutation(np.flatnonzero(labels == c)) for c in range(classes)]
+    ends = np.cumsum(np.bincount(labels, minlength=classes))[:-1]
+    piles = [rng.permutation(pile) for pile in np.split(np.argsort(labels, kind="stable"), ends)]
     piles = [pile[: _floor(how.fraction * len(pile))] for pile in piles]
     if how.long_tail == 1 or classes == 1:
         return piles
@@ -223,5 +241,8 @@ def _floor(x: float) -> int:
 
 
 def _cut(piles: list[Ints], counts: Ints) -> tuple[Ints, ...]:
-    parts = [np.split(pile, np.cumsum(column))[:-1] for pile, column in zip(piles, counts.T, strict=True)]
-    return tuple(np.sort(np.concatenate(mine)) for mine in zip(*parts, strict=True))
+    """Each class's pile is cut in the clients' order; what is beyond the counts is left."""
+    dealt = np.concatenate([pile[:taken] for pile, taken in zip(piles, counts.sum(0), strict=True)])
+    owner = np.repeat(np.tile(np.arange(len(counts)), len(piles)), counts.T.ravel())
+    by_owner = dealt[np.argsort(owner, kind="stable")]
+    return tuple(np.sort(mine) for mine in np.split(by_owner, np.cumsum(counts.sum(1))[:-1]))

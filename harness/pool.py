@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import RayActorError
 
-from harness.data import Arrays
 from harness.evaluate import Counts
 from harness.host import ClientHost
 from harness.trees import Parcel, Tree, parcel
@@ -75,10 +74,16 @@ class RayPool:
 
     def load(self, setup: Setup, arrays: Any) -> None:
         """Begins a trial on every host; `arrays` is the reference of its data set, which does not travel again."""
-        empty = Arrays(*(part[:0] for part in astuple(setup.arrays)))
-        self._begin = (ray.put(replace(setup, arrays=empty)), [arrays])
+        self._begin = (ray.put(replace(setup, arrays=setup.arrays.empty())), [arrays])
+        # A trial that failed leaves work behind. Hosts end it before they load, and nobody asks for it any more.
         self.queue.clear()
-        _wait_for([host.load.remote(*self._begin) for host in self.hosts])
+        self.given.clear()
+        self.load_of = [0] * len(self.hosts)
+        for at, ref in enumerate([host.load.remote(*self._begin) for host in self.hosts]):
+            try:
+                _wait_for([ref])
+            except RayActorError:  # it died since its last work
+                self._renew(at)
 
     def put(self, tree: Tree) -> Any:
         """One flat buffer in the object store."""
@@ -149,6 +154,9 @@ class RayPool:
                 raise RuntimeError(f"a host died {one.tries} times over the same piece of work")
             self._count += 1
             heapq.heappush(self.queue, (0, -self._count, one))
+        self._renew(at)
+
+    def _renew(self, at: int) -> None:
         ray.kill(self.hosts[at])
         self.hosts[at] = self._make()
         _wait_for([self.hosts[at].load.remote(*self._begin)])

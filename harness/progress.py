@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from harness.config import Trial, trial_id
 from harness.registry import label
 
+WIDE = 1000  # columns of an output that is no terminal
 PLAIN_EVERY_S = 30.0
+MOST_RUNNING = 12  # lines for running trials
+MOST_ENDED = 4  # and for those that ended last
+
+
+def console() -> Console:
+    """Standard output. Lines and tables are fitted to a terminal's width, never to that of a file or a pipe."""
+    out = Console()
+    if not out.is_terminal and "COLUMNS" not in os.environ:
+        out.width = WIDE
+    return out
+
+
+@dataclass
+class Running:
+    """Where a trial stands. accuracy: of its primary model when that was last evaluated."""
+
+    trial: Trial
+    rounds_done: int = 0
+    accuracy: float | None = None
 
 
 class Display:
@@ -23,12 +47,11 @@ class Display:
     def __init__(self, console: Console, axes: Sequence[str]) -> None:
         self.console, self.axes = console, axes
         self.todo = self.ended = self.failed = self.rounds = 0
-        self.running: dict[str, tuple[str, int, int, float | None]] = {}
+        self.running: dict[str, Running] = {}
+        self.last: deque[tuple[str, str]] = deque(maxlen=MOST_ENDED)
         self.booked = 0  # rounds of ended trials
-        self.started = self.spoke = time.monotonic()
-        bar = BarColumn(bar_width=32)
-        self.bar = Progress(TextColumn("{task.description}"), bar, TextColumn("{task.fields[text]}"), console=console)
-        self.task = self.bar.add_task("rounds", total=1, text="")
+        self.first: tuple[float, int] | None = None  # when the first rounds were reported, and how many they were
+        self.spoke = time.monotonic()
         self.live = Live(console=console, refresh_per_second=4, transient=True, get_renderable=self._picture)
 
     def __enter__(self) -> Display:
@@ -40,17 +63,22 @@ class Display:
     def begin(self, todo: Sequence[Trial], done: int) -> None:
         """Shows the size of the work."""
         self.todo, self.rounds = len(todo), sum(cell.rounds for cell in todo)
-        self.started = time.monotonic()
         there = f", {done} already there" if done else ""
-        self.console.print(f"{len(todo)} trials to run{there}.", highlight=False)
+        self.console.print(f"{_count(len(todo), 'trial')} to run{there}.", highlight=False)
         if todo and self.console.is_terminal:
             self.live.start()
 
+    def start(self, trial: Trial) -> None:
+        """Puts a trial on."""
+        self.running[trial_id(trial)] = Running(trial)
+
     def round(self, trial: Trial, rounds_done: int, accuracy: float | None) -> None:
         """Moves a trial on."""
-        self.running[trial_id(trial)] = (self._name(trial), rounds_done, trial.rounds, accuracy)
-        if not self.console.is_terminal and time.monotonic() - self.spoke > PLAIN_EVERY_S:
-            self.spoke = time.monotonic()
+        self.running[trial_id(trial)] = Running(trial, rounds_done, accuracy)
+        now = time.monotonic()
+        self.first = self.first or (now, self._rounds_done)
+        if not self.console.is_terminal and now - self.spoke > PLAIN_EVERY_S:
+            self.spoke = now
             self.console.print(self._summary(), highlight=False)
 
     def end(self, trial: Trial, row: Mapping[str, Any]) -> None:
@@ -58,17 +86,25 @@ class Display:
         self.running.pop(trial_id(trial), None)
         self.ended += 1
         self.booked += trial.rounds
+        name = self._name(trial)
+        at = f"[{self.ended}/{self.todo}]"
         if row["status"] == "failed":
             self.failed += 1
-            self.console.print(f"failed: {self._name(trial)}: {row['reason']}", style="red", highlight=False)
-        elif not self.console.is_terminal:
-            found = [f"{k.removesuffix('_accuracy_last')} {v:.3f}" for k, v in row.items() if _is_last(k, v)]
-            seconds = f"{row['seconds']:.1f} s"
-            line = f"[{self.ended}/{self.todo}] {self._name(trial)}: {', '.join(found)} ({seconds})"
+            self.console.print(f"{at} {name}: failed: {row['reason']}", style="red", highlight=False, markup=False)
+            return
+        found = ", ".join(f"{k.removesuffix('_accuracy_last')} {v:.3f}" for k, v in row.items() if _is_last(k, v))
+        self.last.append((name, found))
+        if not self.console.is_terminal:
+            line = f"{at} {name}: {found} ({row['seconds']:.1f} s)"
             self.console.print(line, highlight=False, markup=False)
 
+    @property
+    def _rounds_done(self) -> int:
+        return self.booked + sum(one.rounds_done for one in self.running.values())
+
     def _name(self, trial: Trial) -> str:
-        return f"{label(trial.method)} {' '.join(self._axis(trial, key) for key in self.axes)} seed={trial.seed}"
+        found = (label(trial.method), *(self._axis(trial, key) for key in self.axes), f"seed={trial.seed}")
+        return " ".join(filter(None, found))
 
     def _axis(self, trial: Trial, key: str) -> str:
         prefix, _, rest = key.partition(".")
@@ -79,25 +115,44 @@ class Display:
             value = getattr(value, part, None)
         return "" if value is None else f"{key.rpartition('.')[2]}={value}"
 
+    def _left(self) -> str:
+        """The time left at the pace since the first report: what came before it was spent on starting."""
+        if self.first is None:
+            return "starting"
+        (since, before), done = self.first, self._rounds_done
+        if done <= before:
+            return ""
+        return f"about {_duration((time.monotonic() - since) / (done - before) * (self.rounds - done))} left"
+
+    def _counts(self) -> str:
+        return f"{self.ended}/{self.todo} trials done, {len(self.running)} running, {self.failed} failed"
+
     def _summary(self) -> str:
-        done = self.booked + sum(rounds for _, rounds, _, _ in self.running.values())
-        spent = time.monotonic() - self.started
-        left = spent / done * (self.rounds - done) if done else None
-        ahead = "" if left is None else f", about {_duration(left)} left"
-        return f"{self.ended}/{self.todo} trials done, {len(self.running)} running, {self.failed} failed{ahead}"
+        return ", ".join(filter(None, (self._counts(), self._left())))
 
     def _picture(self) -> RenderableType:
-        done = self.booked + sum(rounds for _, rounds, _, _ in self.running.values())
-        self.bar.update(self.task, total=max(1, self.rounds), completed=done, text=f"{done}/{self.rounds}")
-        lines = [
-            Text(f"  {name}: round {at}/{of}" + ("" if accuracy is None else f", accuracy {accuracy:.3f}"))
-            for name, at, of, accuracy in list(self.running.values())[:12]
-        ]
-        return Group(Text(self._summary()), self.bar, *lines)
+        done = self._rounds_done
+        bar = Table.grid(padding=(0, 2))
+        bar.add_row(ProgressBar(max(1, self.rounds), done, width=30), f"round {done}/{self.rounds}", self._left())
+        lines = Table.grid(padding=(0, 2))
+        lines.add_column(no_wrap=True, overflow="ellipsis")
+        lines.add_column(no_wrap=True, justify="right")
+        lines.add_column(no_wrap=True)
+        for one in list(self.running.values())[:MOST_RUNNING]:
+            score = "" if one.accuracy is None else f"accuracy {one.accuracy:.3f}"
+            at = f"round {one.rounds_done}/{one.trial.rounds}" if one.rounds_done else "starting"
+            lines.add_row(Text(f"  {self._name(one.trial)}"), at, score)
+        for name, found in self.last:
+            lines.add_row(Text(f"  {name}", "dim"), Text("done", "dim"), Text(found, "dim"))
+        return Group(Text(self._counts()), bar, lines)
 
 
 def _is_last(column: str, value: object) -> bool:
     return column.endswith("_accuracy_last") and isinstance(value, float)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:

@@ -44,14 +44,11 @@ class Visit:
 
 @dataclass(frozen=True)
 class Role:
-    """A kind of model that clients train: its net, who may be picked (None: everybody), and how many in a round.
-
-    cohort None: the trial's participation ratio of those who may be picked.
-    """
+    """A kind of model that clients train: its net, who may be picked (None: everybody), and how many in a round."""
 
     net: str
     clients: tuple[int, ...] | None = None
-    cohort: int | None = None
+    cohort: int | None = None  # None: the trial's participation ratio of those who may be picked
 
 
 @dataclass(frozen=True)
@@ -108,20 +105,19 @@ class Broadcast:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of local training: passes over data with the trial's local optimizer.
-
-    epochs: passes, also parts of one, None for the trial's own number; lr_factor multiplies the round's rate.
-    """
+    """A stretch of local training: passes over data with the trial's local optimizer."""
 
     name: str = "local"
-    epochs: float | None = None
+    epochs: float | None = None  # passes, also parts of one; None: the trial's own number
     source: Source = "private"
-    lr_factor: float = 1.0
+    lr_factor: float = 1.0  # times the round's rate
+    rows: Tensor | None = None  # which rows of the source, by number; None: all
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to learn from. x: [B, ...], y: [B]; extra: what `teach` and `draw` added; mask: [B], None for all ones."""
+    """Rows to learn from. x: [B, ...], y: [B]; mask: [B], None for all ones; extra: what `teach` and `draw` added, and
+    in local training "row", [B], their places among the phase's rows."""
 
     x: Tensor
     y: Tensor
@@ -160,11 +156,13 @@ class Bench(Protocol):
         optimizer: Literal["sgd", "adam"] = "adam",
         lr: float,
         weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
         cosine: bool = False,
+        moments: Tree | None = None,
     ) -> Tree:
         """`steps` steps on `loss` from a copy of `p` with a fresh optimizer; `draw(step)` gives each step's batch.
 
-        cosine: the rate falls along half a cosine to zero.
+        cosine: the rate falls along half a cosine to zero. betas: Adam's. moments: Adam's, updated; {} to begin with.
         """
 
 
@@ -220,9 +218,10 @@ class Ensemble:
 class Algorithm(ABC):
     """A method. Subclasses are frozen dataclasses whose fields are the hyper-parameters.
 
-    needs: what it asks of a trial. "one_net": all clients train the same net; "same_latent": nets of one latent
-    width; "proxy", "labelled_proxy": data on the server; "label_counts": every client's label counts; "private_test",
-    "validation": rows that clients keep from training; "pooled": all rows at one client, for upper bounds.
+    needs: what it asks of a trial; a property where that depends on a hyper-parameter. "one_net": all clients train
+    the same net; "fleet": several nets; "same_latent": nets of one latent width; "proxy", "labelled_proxy": data on
+    the server; "label_counts": every client's label counts; "private_test", "validation": rows that clients keep from
+    training; "pooled": all rows at one client, for upper bounds.
     identity: hyper-parameters with which its first model equals FedAvg's bit for bit (a class's own, not inherited).
     """
 

@@ -19,7 +19,7 @@ from harness import registry
 from harness.batches import Rows
 from harness.books import Cost, Row, bytes_down, client_row, lost, merge_costs, merge_counts
 from harness.cohorts import Roster, draw_cohort, draw_roster
-from harness.evaluate import Counts, Vector, metrics, own_label_metrics, spread, tail_classes
+from harness.evaluate import Counts, Vector, metrics, own_label_metrics, recall_of, spread, tail_classes
 from harness.fit import Workbench
 from harness.protocol import Ensemble, Role, State, Update, Visit
 from harness.trees import Tree, finite, stream, to
@@ -75,8 +75,8 @@ class Server:
         server = {"server_steps": bench.steps, "server_seconds": time.perf_counter() - merging}
         last = self.round + 1 == self.trial.rounds
         due = last or (self.round + 1) % self.trial.evaluation.every == 0
-        names = [*models, *self._personal_names()]
         tickets = {**self._score(models), **self._score_personal()} if due else {}
+        names = list(dict.fromkeys([*models, *self._personal_names(), *tickets]))
         self.flush()
         self._late = self._booking(self.round, names, tickets, costs, server, started)
         self.round += 1
@@ -158,14 +158,23 @@ class Server:
         return Workbench(key, self.device, zeros, {"proxy": proxy}, self.world, round=self.round)
 
     def _score(self, models: Mapping[str, Members]) -> dict[str, list[Any]]:
-        """Sends the evaluation off, in shards whose size does not depend on the number of hosts."""
+        """Sends the evaluation off, in shards whose size does not depend on the number of hosts.
+
+        With several domains there is also a row MODEL@DOMAIN for each, from the same shards.
+        """
         tickets: dict[str, list[Any]] = {}
-        size, rows = self.trial.evaluation.batch, len(self.setup.arrays.y_test)
+        size, domains = self.trial.evaluation.batch, self.setup.domains
+        rows = {name: len(own) for name, own in domains.items()} or {"": len(self.setup.arrays.y_test)}
         for name, members in models.items():
             sent = self.pool.put({str(i): params for i, (_, params) in enumerate(members)})
             nets, key = tuple(net for net, _ in members), f"model/{self.round}/{name}"
-            shards = [Shard(nets, key, at, min(at + size, rows)) for at in range(0, rows, size)]
-            tickets[name] = [self.pool.score(shard, sent) for shard in shards]
+            tickets[name] = []
+            for domain, n in rows.items():
+                shards = [Shard(nets, key, at, min(at + size, n), domain) for at in range(0, n, size)]
+                own = [self.pool.score(shard, sent) for shard in shards]
+                tickets[name] += own
+                if domain:
+                    tickets[f"{name}@{domain}"] = own
         return tickets
 
     def _score_personal(self) -> dict[str, list[Any]]:
@@ -209,10 +218,11 @@ class Server:
 
     def _metrics(self, name: str, tickets: list[Any]) -> Row:
         counts: list[Counts] = [self.pool.counts(ticket) for ticket in tickets]
-        found = metrics(reduce(add, counts), self._tail)
+        total = reduce(add, counts)
+        found = metrics(total, self._tail)
         if name in self._personal_names():
             return {**found, **spread(np.array([c.hits.sum() / c.rows.sum() for c in counts if c.rows.sum()]))}
-        return {**found, **own_label_metrics(np.array(found["recall"]), self._mixes)}
+        return {**found, **own_label_metrics(recall_of(total), self._mixes)}
 
 
 Members = tuple[tuple[str, Tree], ...]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,9 +11,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from harness import axes, cards, config, nets, plots, registry
+from harness import axes, cards, catalogue, config, nets, overrides, plots, registry
 from harness.data import card, load
 from harness.partitions import divide
+from harness.progress import console
 from harness.refusal import Refused, unknown
 from harness.trees import size, stream
 
@@ -24,47 +24,58 @@ SHADES = " ░▒▓█"
 def partition_page(trial: config.Trial, out: Path) -> None:
     """The statistics of a partition, its heat map on the terminal and as a picture."""
     about = card(trial.dataset)
-    labels = load(about).y_train
-    cut = divide(labels, about.classes, trial)
+    arrays = load(about)
+    cut = divide(arrays.y_train, about.classes, trial, arrays.domains_train)
     how = trial.partition
     title = f"{trial.dataset}, {trial.clients} clients, {how.kind}"
     title += f" alpha={how.alpha:g}" if "alpha" not in how.unread() else ""
-    console = Console()
-    console.print(f"{title}, seed {trial.seed}: {sum(map(len, cut.clients))} rows dealt, {len(cut.left)} left over")
+    page = console()
+    page.print(f"{title}, seed {trial.seed}: {sum(map(len, cut.clients))} rows dealt, {len(cut.left)} left over")
     for name, value in cut.statistics.items():
-        console.print(f"  {name:24} {value:.4g}", highlight=False)
-    console.print(f"  {'hash':24} {cut.digest}", highlight=False)
-    _shade(console, cut.counts, about.class_names)
+        page.print(f"  {name:24} {value:.4g}", highlight=False)
+    page.print(f"  {'hash':24} {cut.digest}", highlight=False)
+    _shade(page, cut.counts, about.class_names or tuple(map(str, range(about.classes))))
     try:
-        console.print(f"Heat map: {plots.partition_heatmap(cut.counts, title, out)}", soft_wrap=True, highlight=False)
+        page.print(f"Heat map: {plots.partition_heatmap(cut.counts, title, out)}", soft_wrap=True, highlight=False)
     except OSError as problem:
         raise Refused(f"{out} can't be written: {problem.strerror or problem}; choose a place with --out") from None
 
 
-def _shade(console: Console, counts: np.ndarray[Any, np.dtype[np.int64]], class_names: tuple[str, ...]) -> None:
+def _shade(page: Console, counts: np.ndarray[Any, np.dtype[np.int64]], class_names: tuple[str, ...]) -> None:
     """Classes down, clients across, darker for more rows; as many clients as the line takes."""
     width = max(map(len, class_names))
-    fits = max(1, console.width - width - 4)
+    fits = max(1, page.width - width - 4)
     top = max(1, int(counts.max()))
     level = np.ceil(np.sqrt(counts / top) * (len(SHADES) - 1)).astype(int)
     for c, name in enumerate(class_names[:40]):
         shades = "".join(SHADES[i] for i in level[:fits, c])
-        console.print(f"  {name:>{width}} {shades}", highlight=False, markup=False)
+        page.print(f"  {name:>{width}} {shades}", highlight=False, markup=False)
     if len(counts) > fits or len(class_names) > 40:
-        console.print(f"  (the first {min(fits, len(counts))} clients and {min(40, len(class_names))} classes)")
+        page.print(f"  (the first {min(fits, len(counts))} clients and {min(40, len(class_names))} classes)")
+
+
+def check_page(method: str, texts: Sequence[str] = ()) -> bool:
+    """The table of the conformance suite for a method, by name or path. texts: overrides of its hyper-parameters."""
+    from harness.check import check
+
+    known = {k: target for k, target in overrides.targets([method]).items() if target.scope == "hyper"}
+    given = [overrides.match(setting, known) for setting in overrides.parse(texts)]
+    findings = check(method, {known[setting.key].path[0]: setting.one for setting in given})
+    _grid(("check", "", registry.label(method)), [(f.check, "ok" if f.passed else "FAILED", f.why) for f in findings])
+    return all(f.passed for f in findings)
 
 
 def _methods(name: str | None) -> None:
     if name is None:
         return _list("methods", [(n, _first_line(registry.load(n))) for n in registry.names()])
     method = registry.load(name)
-    console = Console()
-    console.print(_module_doc(method), highlight=False, markup=False)
-    console.print()
+    page = console()
+    page.print(catalogue.doc(method), highlight=False, markup=False)
+    page.print()
     rows = [(f.name, str(f.default), str(f.type)) for f in fields(method)]  # type: ignore[arg-type]
     if rows:
         _grid(("hyper-parameter", "default", "type"), rows)
-    console.print(f"needs: {', '.join(sorted(method.needs)) or 'nothing'}", highlight=False)
+    page.print(f"needs: {', '.join(catalogue.needs(name)) or 'nothing'}", highlight=False)
     return None
 
 
@@ -76,9 +87,9 @@ def _datasets(name: str | None) -> None:
 
 
 def _nets(name: str | None) -> None:
-    shapes = [(card(d).shape, card(d).classes) for d in ("digits", "fashion-mnist", "cifar10")]
-    if name is not None and name not in nets.names():
-        raise unknown("net", name, nets.names())
+    shapes = [(card(d).shape, card(d).classes) for d in ("digits", "fashion-mnist", "cifar10", "wordnet")]
+    if name is not None and name not in nets.names(of=name):
+        raise unknown("net", name, nets.names(of=name))
     rows = []
     for one in [name] if name else nets.names():
         counts = [_parameters(one, shape, classes) for shape, classes in shapes]
@@ -106,9 +117,9 @@ def _sweeps(name: str | None) -> None:
     if name is None:
         return _list("sweeps", [(n, cards.read("sweeps", n).get("title", "")) for n in cards.names("sweeps")])
     planned = axes.load_sweep(name)
-    console = Console()
-    console.print(f"{planned.title or planned.name}: {len(planned.cells)} trials, axes {', '.join(planned.axes)}\n")
-    console.print(cards.find("sweeps", name).read_text(encoding="utf-8"), highlight=False, markup=False)
+    page = console()
+    page.print(f"{planned.title or planned.name}: {len(planned.cells)} trials, axes {', '.join(planned.axes)}\n")
+    page.print(cards.find("sweeps", name).read_text(encoding="utf-8"), highlight=False, markup=False)
     return None
 
 
@@ -121,12 +132,8 @@ PAGES: dict[str, Callable[[str | None], None]] = {
 }
 
 
-def _module_doc(method: type) -> str:
-    return inspect.getdoc(inspect.getmodule(method)) or ""
-
-
 def _first_line(method: type) -> str:
-    return _module_doc(method).splitlines()[0]
+    return catalogue.doc(method).splitlines()[0]
 
 
 def _list(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -139,4 +146,4 @@ def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table, markup=False)
+    console().print(table, markup=False)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
+import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +21,9 @@ from ray import tune
 
 from harness import RULES_VERSION
 from harness.axes import Sweep
-from harness.config import Execution, Trial, digest, resolve, trial_id
+from harness.config import Execution, Trial, digest, hyper_fields, trial_id
 from harness.data import Arrays, card, load
+from harness.overrides import hyper_prefix
 from harness.record import Store, flatten, headline, provenance
 from harness.refusal import Refused
 from harness.registry import label
@@ -29,11 +32,14 @@ from harness.trial import FederatedTrial, device_of
 from harness.work import make_setup
 
 Row = dict[str, Any]
+KNOCK_S = 5.0
+_BARE = re.compile(r"(?!(?:true|false|inf|nan)$)[A-Za-z_][\w./+-]*")  # texts that need no quotes in an override
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the tables are ours
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep, and the next command goes on
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent home
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -44,8 +50,11 @@ class Watcher(Protocol):
     def begin(self, todo: Sequence[Trial], done: int) -> None:
         """Before the first trial: those to run, and how many were there already."""
 
+    def start(self, trial: Trial) -> None:
+        """A trial has got a process, or the room for one."""
+
     def round(self, trial: Trial, rounds_done: int, accuracy: float | None) -> None:
-        """A trial has got on."""
+        """A trial has got on; accuracy: of its primary model, when that was last evaluated."""
 
     def end(self, trial: Trial, row: Mapping[str, Any]) -> None:
         """A trial has ended; its row was written."""
@@ -66,55 +75,67 @@ def run(sweep: Sweep, results: Path, watcher: Watcher) -> Outcome:
     """Runs the cells that have no row yet. Raises Refused before anything is written if it can't be done.
 
     A cell whose row says that it failed is tried again, except when it diverged: that would only repeat itself.
+    A Ray that this process has started already is used, and left running.
     """
-    sets = _check_data(sweep)
-    if not sweep.execution.address:
-        _check_room(sweep.execution, _machine())
-    store = Store(results)
-    over = {row["trial_id"] for row in store.rows("trials") if not _again(row)}
-    todo = [cell for cell in sweep.cells if trial_id(cell) not in over]
-    outcome = Outcome(results, already=len(sweep.cells) - len(todo))
-    tracker = Tracker(None, sweep.name, results) if sweep.execution.mlflow else None
-    watcher.begin(todo, outcome.already)
+    how, mine, tracker = sweep.execution, not ray.is_initialized(), None
     try:
+        if mine and how.address:
+            _start_ray(how)
+        _check_room(how, ray.cluster_resources() if ray.is_initialized() else _machine())
+        over = _over(results)
+        todo = [cell for cell in sweep.cells if trial_id(cell) not in over]
+        outcome = Outcome(results, already=len(sweep.cells) - len(todo))
+        sets = _check_data(todo, how)
+        store = Store(results)
+        tracker = Tracker(None, sweep.name, results) if how.mlflow else None
+        watcher.begin(todo, outcome.already)
         if todo:
-            _start_ray(sweep.execution)
+            _start_ray(how)
             _tune(sweep, todo, sets, Scribe(sweep, store, tracker, watcher, outcome, todo, sets))
     finally:
-        if ray.is_initialized():
+        if mine and ray.is_initialized():
             ray.shutdown()
-        if tracker is not None:
-            outcome.problems += tracker.close()
+        problems = tracker.close() if tracker is not None else []
+    outcome.problems += problems
     return outcome
 
 
 def command_of(trial: Trial) -> str:
     """The command that reproduces a trial: every setting that is not a default."""
+    usual = flatten(Trial(method=trial.method, net=card(trial.dataset).default_net).model_dump(mode="json"))
+    for name, (_, default) in hyper_fields(trial.method).items():
+        usual[f"hyper.{name}"] = list(default) if isinstance(default, tuple) else default
     mine = flatten(trial.model_dump(mode="json"))
-    usual = flatten(resolve({"method": trial.method, "dataset": trial.dataset}).model_dump(mode="json"))
-    skip = {"method", "source"} | ({"participation"} if trial.cohort else {"cohort"})
-    prefix = label(trial.method)
-    changed = {k: v for k, v in mine.items() if k not in skip and (k not in usual or usual[k] != v)}
-    words = [f"{k.replace('hyper.', f'{prefix}.', 1)}={_spelled(v)}" for k, v in changed.items()]
+    changed = {k: v for k, v in mine.items() if k not in ("method", "source", "cohort") and usual[k] != v}
+    prefix = hyper_prefix(trial.method)
+    words = [f"{re.sub('^hyper', prefix, key)}={_spelled(value)}" for key, value in changed.items()]
     return shlex.join(["fedstill", "run", trial.method, *words])
 
 
 def _spelled(value: Any) -> str:
+    """As an override is read back."""
     if isinstance(value, list | tuple):
-        return "[" + ",".join(_spelled(v) for v in value) + "]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return "[" + ",".join(map(_spelled, value)) + "]"
+    bare = not isinstance(value, bool | str) or (isinstance(value, str) and _BARE.fullmatch(value))
+    return str(value) if bare else json.dumps(value, ensure_ascii=False)
+
+
+def _over(results: Path) -> set[str]:
+    """The trials that need no other run. What is there is only read."""
+    rows = Store(results, writable=False).rows("trials") if results.exists() else []
+    return {row["trial_id"] for row in rows if not _again(row)}
 
 
 def _again(row: Mapping[str, Any]) -> bool:
     return row["status"] == "failed" and not str(row["reason"]).startswith("diverged")
 
 
-def _check_data(sweep: Sweep) -> dict[str, Arrays]:
-    """The data sets of a sweep; also deals them out once per setting, so that impossible ones are refused here."""
-    folder = Path(sweep.execution.data) if sweep.execution.data else None
-    wanted = [name for cell in sweep.cells for name in (cell.dataset, cell.proxy.source)]
+def _check_data(cells: Sequence[Trial], how: Execution) -> dict[str, Arrays]:
+    """The data sets of the cells; also deals them out once per setting, so that impossible ones are refused here."""
+    folder = Path(how.data) if how.data else None
+    wanted = [name for cell in cells for name in (cell.dataset, cell.proxy.source)]
     sets = {name: load(card(name), folder) for name in dict.fromkeys(wanted) if name not in ("none", "train")}
-    settings = {json.dumps([cell.dataset, *_deal(cell)]): cell for cell in reversed(sweep.cells)}
+    settings = {json.dumps([cell.dataset, *_deal(cell)]): cell for cell in reversed(cells)}
     for cell in settings.values():
         make_setup(cell, sets[cell.dataset], sets.get(cell.proxy.source))
     return sets
@@ -155,10 +176,24 @@ def _check_room(how: Execution, supply: Mapping[str, float]) -> None:
 
 
 def _start_ray(how: Execution) -> None:
+    """Starts or finds Ray, if that was not done before."""
     os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
+    if ray.is_initialized():
+        return
     where: dict[str, Any] = {"address": how.address} if how.address else {"include_dashboard": False}
-    ray.init(**where, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+    try:
+        _knock(how.address)
+        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError) as error:
+        raise Refused(f"no Ray cluster at execution.address = {how.address!r}: {error}") from None
     _check_room(how, ray.cluster_resources())
+
+
+def _knock(address: str) -> None:
+    """Raises an OSError at once where nobody listens: Ray would try for minutes, then kill this process."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
 
 def _tune(sweep: Sweep, todo: Sequence[Trial], sets: Mapping[str, Arrays], scribe: Scribe) -> None:
@@ -201,6 +236,10 @@ class Scribe(tune.Callback):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tune.Callback, ()  # Tune pickles its callbacks for its own restore, which is never used
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Shows that a trial is on its way."""
+        self.watcher.start(self.todo[trial.config["cell"]])
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Row, **_: Any) -> None:
         """Shows progress; books a trial that has ended."""

@@ -180,6 +180,8 @@ class Tracker:
 
     def _work(self) -> None:
         projection: Projection | None = None
+        with suppress(Exception):  # at once: creating MLflow's tables takes seconds. A server may come up later.
+            projection = Projection(self.uri, self._sweep, self._store)
         while (item := self._queue.get()) is not None and not self._closing.is_set():
             try:
                 projection = projection or Projection(self.uri, self._sweep, self._store)
@@ -255,11 +257,16 @@ def _metrics(trial: Row, rounds: Sequence[Row], start: int) -> Iterator[Metric]:
         for row in rows:
             values |= {f"{row['role']}/{name}": value for name, value in _numbers(row) if name not in COSTS}
         for name, value in values.items():
-            yield Metric(name, float(value), start + int(1000 * clock), step)
+            yield Metric(_plain(name), float(value), start + int(1000 * clock), step)
     end = start + int(1000 * (trial.get("seconds") or 0))
     for name, value in _numbers(trial):
         if name in TOTALS or name not in SCHEMAS["trials"].names:
-            yield Metric(f"total/{name}" if name in TOTALS else name, float(value), end, 0)
+            yield Metric(_plain(f"total/{name}" if name in TOTALS else name), float(value), end, 0)
+
+
+def _plain(name: str) -> str:
+    """A name as MLflow takes it on every system; roles may hold "@" and "+"."""
+    return re.sub(r"[^/\w.\- ]", ".", name)
 
 
 def _numbers(row: Row) -> Iterator[tuple[str, float]]:

@@ -38,6 +38,12 @@ def numpy_stream(*key: object) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=_hash(key)))
 
 
+def noise(rows: int, width: int, how: str, rng: torch.Generator) -> Tensor:
+    """[rows, width], "uniform" on [0, 1) or "normal"."""
+    make = torch.rand if how == "uniform" else torch.randn
+    return make(rows, width, generator=rng, device=rng.device)
+
+
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor with its path ("head/weight"), in the tree's own order. Other values are passed over."""
     for name, value in tree.items():
@@ -136,6 +142,16 @@ def mean(trees: Iterable[Mapping[str, Any]], weights: Sequence[float] | None = N
     return result
 
 
+def means(items: Iterable[tuple[str, Mapping[str, Any], float]]) -> dict[str, Tree]:
+    """The weighted mean of the trees of each name, of (name, tree, weight), in the order given."""
+    found: dict[str, tuple[list[Mapping[str, Any]], list[float]]] = {}
+    for name, tree, weight in items:
+        members, shares = found.setdefault(name, ([], []))
+        members.append(tree)
+        shares.append(weight)
+    return {name: mean(members, shares) for name, (members, shares) in found.items()}
+
+
 def _plus(total: Tree | None, partial: Tree | None) -> Tree | None:
     if total is None or partial is None:
         return partial if total is None else total
@@ -156,6 +172,31 @@ def unflat(vector: Tensor, like: Mapping[str, Any]) -> Tree:
     """The tree of views into `vector` [P] that has the shapes of `like`."""
     parts = iter(torch.split(vector, [x.numel() for _, x in leaves(like)]))
     return tree_map(lambda x: next(parts).view(x.shape), like)
+
+
+def part(p: Mapping[str, Any], head: bool, statistics: bool) -> Tree:
+    """What is shared of a net's parameters. head: the last layer alone; not statistics: no running statistics."""
+    stages = {"head": p["head"]} if head else p
+    kept = {name: {k: x for k, x in stage.items() if "running_" not in k} for name, stage in stages.items()}
+    return dict(stages) if statistics else kept
+
+
+def overlay(own: Mapping[str, Any], shared: Mapping[str, Any]) -> Tree:
+    """A net's own parameters under a shared part. Last layers go by position: nets give them different names."""
+    over = {**shared, "head": unflat(flat(shared["head"]), like=own["head"])}
+    return {name: {**stage, **over.get(name, {})} for name, stage in own.items()}
+
+
+def update_rows(matrix: Tensor, owners: list[int], new: Mapping[int, Mapping[str, Any]]) -> Tensor:
+    """The latest tree of each of many owners, one per row [n, P], with the `new` ones in their places.
+
+    owners: whose row is where; it grows by those who had none.
+    """
+    owners += [owner for owner in new if owner not in owners]
+    grown = torch.cat([matrix, matrix.new_empty(len(owners) - len(matrix), matrix.shape[1])])
+    for owner, tree in new.items():
+        grown[owners.index(owner)] = flat(tree)
+    return grown
 
 
 def size(tree: Mapping[str, Any]) -> int:

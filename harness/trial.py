@@ -56,8 +56,9 @@ class FederatedTrial(tune.Trainable):
             self.failure = reason(error)
         server = self.server
         ended = self.failure is not None or (server is not None and server.done)
-        last = server.rounds[-1] if server is not None and server.rounds else {}
-        result = {"rounds_done": server.round if server else 0, "accuracy": last.get("accuracy"), "done": ended}
+        rows = server.rounds if server is not None else []
+        seen = (row["accuracy"] for row in reversed(rows) if row["role"] == rows[0]["role"] and "accuracy" in row)
+        result = {"rounds_done": server.round if server else 0, "accuracy": next(seen, None), "done": ended}
         return {**result, "tables": self._tables()} if ended else result
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

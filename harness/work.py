@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from harness import registry
-from harness.batches import Rows, normalise
+from harness.batches import Rows, ready
 from harness.cohorts import Trace
 from harness.config import Trial
-from harness.data import Arrays, Bytes, Labels, card
+from harness.data import Arrays, Inputs, Labels, card
 from harness.evaluate import Counts
 from harness.nets import build
-from harness.partitions import Split, divide
+from harness.partitions import Split, divide, halves
 from harness.protocol import Visit, World
 from harness.trees import Tree, numpy_stream
 
@@ -25,13 +25,18 @@ Mixes = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Setup:
-    """All that a host needs to know of a trial. proxy: images and labels of the server's data, if it has any."""
+    """All that a host needs to know of a trial.
+
+    proxy: inputs and labels of the server's data, if it has any. domains: name -> rows of the test set, if it has
+    several domains; they cover it.
+    """
 
     trial: Trial
     arrays: Arrays
     split: Split
-    proxy: tuple[Bytes, Labels] | None = None
+    proxy: tuple[Inputs, Labels] | None = None
     trace: Trace | None = None
+    domains: Mapping[str, Labels] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,16 @@ class Report:
 
 @dataclass(frozen=True)
 class Shard:
-    """A slice of the test set to score. nets: of the members of the model, whose logits are averaged."""
+    """A slice of the test set to score, or of a domain's part of it.
+
+    nets: of the members of the model, whose logits are averaged.
+    """
 
     nets: tuple[str, ...]
     model: str  # key of the parameters, for reuse between shards
     start: int
     stop: int
+    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ def make_setup(
 
     other: the data set that the proxy rows come from where that is another one: drawn from its training rows.
     """
-    split = divide(arrays.y_train, card(trial.dataset).classes, trial)
+    split = divide(arrays.y_train, card(trial.dataset).classes, trial, arrays.domains_train)
     proxy = None
     if other is not None:
         picked = np.sort(numpy_stream(trial.seed, "proxy").permutation(len(other.y_train))[: trial.proxy.rows])
@@ -121,7 +130,19 @@ def make_setup(
     counts = split.counts[split.counts.sum(1) > 0]
     if "pooled" in registry.make(trial.method, trial.hyper).needs:
         split = split.pooled()
-    return Setup(trial, arrays, split, proxy, trace), counts / counts.sum(1, keepdims=True)
+    setup = Setup(trial, arrays, split, proxy, trace, _test_domains(trial, arrays))
+    return setup, counts / counts.sum(1, keepdims=True)
+
+
+def _test_domains(trial: Trial, arrays: Arrays) -> dict[str, Labels]:
+    """The test rows of each domain: the data set's own, or the halves of the classes that the partition keeps apart."""
+    about, domain = card(trial.dataset), arrays.domains_test
+    names = about.domains
+    if trial.partition.domains == "halves":
+        names, domain = ("lower", "upper"), halves(arrays.y_test, about.classes)
+    if domain is None or len(names) < 2:
+        return {}
+    return {name: np.flatnonzero(domain == i) for i, name in enumerate(names)}
 
 
 def make_world(setup: Setup, needs: frozenset[str]) -> World:
@@ -153,4 +174,4 @@ def proxy_rows(setup: Setup, needs: frozenset[str], device: torch.device) -> Row
         raise RuntimeError('reading proxy data takes needs = frozenset({"proxy"}) or "labelled_proxy"')
     about = card(setup.trial.dataset)
     x, y = (torch.tensor(part, device=device) for part in setup.proxy)
-    return Rows(normalise(x, about.mean, about.std), y if "labelled_proxy" in needs else torch.full_like(y, -1))
+    return Rows(ready(x, about), y if "labelled_proxy" in needs else torch.full_like(y, -1))

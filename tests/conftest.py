@@ -9,28 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from harness import config, nets, registry, trees
+from harness.batches import Rows
 from harness.data import Arrays
-from harness.host import Answer, InlinePool, Order, Setup
+from harness.fit import Workbench
+from harness.host import InlinePool
 from harness.partitions import Split
-from harness.protocol import Algorithm, Batch, Inbox, Update, Visit, World
-from harness.server import Bench, Server
+from harness.protocol import Algorithm, Batch, Inbox, Trained, Update, Visit, World
+from harness.server import Server
 from harness.trees import Tree
+from harness.work import Answer, Order, Setup
 
 SHAPE, CLASSES = (1, 8, 8), 4
 LOCAL = {"epochs": 1, "batch": 8, "lr": 0.1}
+hypothesis.settings.register_profile("fedstill", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("fedstill")
+torch.set_num_threads(1)  # the tensors here are small: more threads only get into each other's way
 
 
 @dataclass(frozen=True)
 class Table:
-    """A net whose answers are its parameters: rows x [B] are row numbers of p["latent"] [n, Z] and p["logits"] [n, C].
+    """A net whose answers are its parameters: x [B] numbers the rows of p["latent"] [n, Z] and p["logits"] [n, C].
 
     `classify` multiplies with p["head"] [Z, C].
     """
@@ -109,9 +117,29 @@ class Lab:
         """What `merge` gets from one client."""
         return Update(Visit(client, role), samples, steps, payload, {})
 
-    def bench(self, world: World, round: int = 0) -> Bench:
-        """The server as `merge` sees it."""
-        return Bench(world, round, seed=0, device=torch.device("cpu"))
+    def bench(self, world: World | None = None, round: int = 0, **sources: Rows) -> Workbench:
+        """What hooks work with; for `merge` it is the server. sources: rows by name, such as proxy=Rows(x, y)."""
+        world, made = (
+            world or self.world(),
+            {name: partial(lambda rows: rows, rows) for name, rows in sources.items()},
+        )
+        none = torch.zeros(world.classes, dtype=torch.int64)
+        return Workbench((0, "server", round), torch.device("cpu"), none, made, world, round=round)
+
+    def trained(self, start: Tree, end: Tree, inbox: Inbox, memory: Tree | None = None, **more: Any) -> Trained:
+        """A visit after its training, for `reply`: client 0, 5 steps at rate .1 on 10 rows, unless told otherwise."""
+        basics = {
+            "visit": Visit(0, "global"),
+            "round": 0,
+            "net": None,
+            "samples": 10,
+            "steps": 5,
+            "lr": 0.1,
+            "momentum": 0.0,
+            "metrics": {},
+            "bench": self.bench(),
+        }
+        return Trained(**{**basics, **more}, start=start, end=end, inbox=inbox, memory=memory or {})
 
     def step(
         self,
@@ -130,7 +158,7 @@ class Lab:
         value, seen = method.loss(net, learning, batch, inbox, memory)
         value.backward()
         grads = trees.tree_map(lambda x: torch.zeros_like(x) if x.grad is None else x.grad, learning)
-        return float(value), grads, seen
+        return float(value.detach()), grads, seen
 
     def arrays(self, train: int, test: int = 40, classes: int = CLASSES) -> Arrays:
         """Images of noise with a bright row per class, which a net learns in a few steps. Labels go round."""
@@ -186,6 +214,12 @@ class Lab:
             server.step()
         return server
 
+    def model(self, server: Server) -> Tree:
+        """The parameters of its primary model."""
+        model = next(iter(server.method.models(server.state).values()))
+        assert isinstance(model, tuple)
+        return model[1]
+
     def same(self, a: Tree, b: Tree) -> bool:
         """Whether two trees are equal: paths, types and bits."""
         left, right = list(trees.leaves(a)), list(trees.leaves(b))
@@ -193,7 +227,7 @@ class Lab:
             x.dtype == y.dtype and torch.equal(x, y) for (_, x), (_, y) in zip(left, right, strict=True)
         )
 
-    def close(self, a: Tree, b: Tree, **tolerance: float) -> bool:
+    def close(self, a: Tree, b: Tree, **tolerance: Any) -> bool:
         """The same up to rounding."""
         other = dict(trees.leaves(b))
         return all(torch.allclose(x, other.pop(path), **tolerance) for path, x in trees.leaves(a)) and not other
@@ -202,6 +236,55 @@ class Lab:
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     """Small worlds; see `Lab`."""
-    torch.set_num_threads(1)
     yield Lab(monkeypatch)
     torch.set_flush_denormal(False)  # hosts turn it on
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """One local Ray for all tests that need one. It counts four cores, so that the tests fit on any machine."""
+    import os
+
+    import ray
+
+    from harness import sweep
+
+    os.environ.update(sweep.ENVIRONMENT)
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+class Diary:
+    """A `sweep.Watcher` that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.todo: list[str] = []
+        self.already = 0
+        self.started: list[str] = []
+        self.rounds: list[tuple[str, int, float | None]] = []
+        self.ended: list[Mapping[str, Any]] = []
+
+    def begin(self, todo: Sequence[config.Trial], done: int) -> None:
+        self.todo, self.already = [cell.method for cell in todo], done
+
+    def start(self, trial: config.Trial) -> None:
+        self.started.append(trial.method)
+
+    def round(self, trial: config.Trial, rounds_done: int, accuracy: float | None) -> None:
+        self.rounds.append((trial.method, rounds_done, accuracy))
+
+    def end(self, trial: config.Trial, row: Mapping[str, Any]) -> None:
+        self.ended.append(row)
+
+
+@pytest.fixture
+def diary() -> Diary:
+    """Watches a sweep; see `Diary`."""
+    return Diary()
+
+
+@pytest.fixture(scope="session")
+def diary_of() -> type[Diary]:
+    """The same for fixtures that live longer than a test."""
+    return Diary

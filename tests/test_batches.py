@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,6 +34,26 @@ def test_every_pass_sees_every_row_once(rows: int, batch: int, epochs: int, drop
         seen = torch.cat(found[epoch * len(sizes) : (epoch + 1) * len(sizes)]).tolist() if sizes else []
         assert len(set(seen)) == len(seen) == sum(sizes)
         assert set(seen) <= set(range(rows))
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.floats(0.01, 3))
+def test_part_of_a_pass_is_that_share_of_its_batches(rows: int, batch: int, epochs: float) -> None:
+    """Whole passes, then round(share * batches) of one more, at least one: a prefix of what more passes give."""
+    found = list(passes(rows, batch, epochs, False, trees.stream("order")))
+    whole = list(passes(rows, batch, math.ceil(epochs), False, trees.stream("order")))
+    each = math.ceil(rows / batch)
+    full, share = divmod(epochs, 1)
+    if not 1e-6 < share < 1 - 1e-6:
+        return
+    assert len(found) == full * each + max(1, round(share * each))
+    assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=False))
+
+
+@pytest.mark.parametrize(("share", "epochs"), [(0.07, 100), (0.29, 100), (0.2, 5), (1.1, 10)])
+def test_rounding_adds_no_pass(share: float, epochs: int) -> None:
+    """.07 * 100 is 7.000000000000001 in doubles, and .29 * 100 is 28.999999999999996."""
+    found = list(passes(8, 4, share * epochs, False, trees.stream("order")))
+    assert len(found) == 2 * round(share * epochs)
 
 
 def test_passes_differ_and_follow_the_stream() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness import nets, trees
-from harness.evaluate import Counts, count, count_logits, metrics, own_label_metrics, tail_classes
+from harness.evaluate import Counts, count, count_logits, metrics, own_label_metrics, recall_of, tail_classes
 
 
 def sure(guesses: list[int], classes: int, margin: float = 50.0) -> Tensor:
@@ -34,8 +34,8 @@ def test_every_metric_by_hand() -> None:
         2: 0 0 2    recall 1,   precision 1
 
     accuracy 7/10; balanced (.75 + .5 + 1) / 3 = .75; F1 2 * 3 / (4 + 5) = 2/3, 2 * 2 / (4 + 3) = 4/7, 1: macro
-    (2/3 + 4/7 + 1) / 3 = 47/63. All guesses have confidence 1, in the last bin: ECE = |7 - 10| / 10 = .3. A wrong one costs 50 nats,
-    a right one none: loss 3 * 50 / 10 = 15.
+    (2/3 + 4/7 + 1) / 3 = 47/63. All guesses have confidence 1, in the last bin: ECE = |7 - 10| / 10 = .3. A wrong one
+    costs 50 nats, a right one none: loss 3 * 50 / 10 = 15.
     """
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2])
     found = metrics(count_logits(sure([0, 0, 0, 1, 0, 0, 1, 1, 2, 2], 3), labels), tail(3, 1, 2))
@@ -79,7 +79,9 @@ def test_metrics_agree_with_scikit_learn(classes: int, rows: int, seed: int) -> 
     assert found["accuracy"] == pytest.approx(float((guess == y).double().mean()))
     assert found["balanced_accuracy"] == pytest.approx(recall_score(y, guess, labels=there, average="macro"))
     assert found["macro_f1"] == pytest.approx(f1_score(y, guess, labels=there, average="macro", zero_division=0))
-    assert found["loss"] == pytest.approx(log_loss(y, logits.double().softmax(1), labels=range(classes)), rel=1e-6)
+    assert found["loss"] == pytest.approx(
+        log_loss(y, logits.double().softmax(1), labels=range(classes)), rel=1e-5, abs=1e-6
+    )
     assert found["worst_recall"] == pytest.approx(min(r for r in found["recall"] if not math.isnan(r)))
     assert [c for c, r in enumerate(found["recall"]) if not math.isnan(r)] == there.tolist()
 
@@ -92,9 +94,7 @@ def test_shards_add_up_exactly(rows: int, cuts: list[int], shuffled: object) -> 
     logits, y = 3 * torch.randn(rows, 5, generator=rng), torch.randint(5, (rows,), generator=rng)
     whole = count_logits(logits, y)
     ends = sorted({min(c, rows) for c in np.cumsum(cuts).tolist()} | {rows})
-    parts = [
-        count_logits(logits[start:end], y[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)
-    ]
+    parts = [count_logits(logits[start:end], y[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     shuffled.shuffle(parts)  # type: ignore[attr-defined]
     summed = reduce(add, parts)
     for name in ("rows", "hits", "predicted", "bin_rows", "bin_hits", "bin_confidence"):
@@ -162,3 +162,35 @@ def test_counts_are_plain_numbers() -> None:
     assert isinstance(counts, Counts)
     assert isinstance(counts.loss, float)
     assert all(isinstance(getattr(counts, f), np.ndarray | float) for f in counts.__dataclass_fields__)
+
+
+def test_a_vocabulary_keeps_no_list_of_recalls_but_all_else() -> None:
+    """1001 classes, three rows: 5 right with all confidence, 7 taken for 5 with all confidence, 9 right at 1/2.
+
+    accuracy 2/3. Half against half: 9 and 4 have log 1/2 each, the others nothing: loss (0 + 50 + ln 2) / 3. ECE: the
+    last bin has |1 - 2| = 1, the one of 1/2 has |1 - 1/2|: 1.5 / 3. Recalls 1, 0, 1; F1 2/3, 0, 1 over classes with rows.
+    """
+    logits = sure([5, 5, 9], 1001)
+    logits[2, 4] = 50 - 1e-5  # a hair below, so that the guess is 9
+    counts = count_logits(logits, torch.tensor([5, 7, 9]))
+    found = metrics(counts, tail(1001, 7, 9))
+    assert found.pop("recall") is None
+    assert found == pytest.approx(
+        {
+            "accuracy": 2 / 3,
+            "balanced_accuracy": 2 / 3,
+            "macro_f1": (2 / 3 + 0 + 1) / 3,
+            "worst_recall": 0.0,
+            "tail_recall": 0.5,
+            "loss": (50 + math.log(2)) / 3,
+            "ece": 0.5,
+        },
+        abs=1e-5,
+    )
+    assert np.flatnonzero(~np.isnan(recall_of(counts))).tolist() == [5, 7, 9]
+    assert metrics(count_logits(logits[:, :1000], torch.tensor([5, 7, 9])), tail(1000, 7))["recall"] is not None
+
+
+def test_clients_without_any_label_of_a_domain_have_no_own_label_accuracy() -> None:
+    """Labels 0 and 1 are theirs; only label 2 has test rows."""
+    assert own_label_metrics(np.array([math.nan, math.nan, 0.5]), np.array([[1.0, 0, 0], [0.5, 0.5, 0]])) == {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from algorithms.fedavg import FedAvg
 from harness import nets, trees
 from harness.batches import Rows
 from harness.data import Augment
-from harness.fit import Kind, Optimizer, Streams, Weights, descend, visit_batches
+from harness.fit import Kind, Optimizer, Streams, Weights, Workbench, descend, visit_batches
 from harness.layers import BUFFERS
 from harness.nets import Net
 from harness.protocol import Batch, Inbox, Phase
@@ -42,7 +42,7 @@ def batches(count: int, rows: int = 6) -> list[Batch]:
     ]
 
 
-def plain(net: Net, start: Tree, data: list[Batch], optimizer: str, **settings: float) -> Tree:
+def plain(net: Net, start: Tree, data: list[Batch], optimizer: str, **settings: Any) -> Tree:
     """The same training as anybody would write it: a module, an optimizer of torch's, a loop."""
     module = net.module()
     module.load_state_dict({path.replace("/", "."): x for path, x in trees.leaves(start)}, strict=False)
@@ -64,12 +64,14 @@ def plain(net: Net, start: Tree, data: list[Batch], optimizer: str, **settings: 
         ("sgd", {"lr": 0.05, "momentum": 0.9}),
         ("sgd", {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}),
         ("adam", {"lr": 1e-3, "weight_decay": 1e-2}),
+        ("adam", {"lr": 1e-3, "betas": (0.5, 0.9)}),
     ],
 )
-def test_descending_is_torchs_optimizer_bit_for_bit(name: str, kind: Kind, settings: dict[str, float]) -> None:
+def test_descending_is_torchs_optimizer_bit_for_bit(name: str, kind: Kind, settings: dict[str, Any]) -> None:
     net, start = made(name)
-    loss = lambda p, batch: (F.cross_entropy(net(p, batch.x), batch.y), {})  # noqa: E731
-    fitted = descend(start, loss, batches(12), Optimizer(kind, **settings))
+    fitted = descend(
+        start, lambda p, b: (F.cross_entropy(net(p, b.x), b.y), {}), batches(12), Optimizer(kind, **settings)
+    )
     assert same(fitted.tree, plain(net, start, batches(12), kind, **settings))
     assert (fitted.steps, fitted.samples) == (12, 72)
 
@@ -151,6 +153,102 @@ def test_metrics_are_recorded_step_by_step() -> None:
     assert fitted.metrics["loss"].tolist() == [1.0, 0.5, 0.0]
 
 
+def test_long_gradients_are_cut_before_weight_decay() -> None:
+    """Gradient (3, 4) of norm 5, cut to norm 1: (.6, .8); decay 1 adds w = (1, 1). A short one stays: (.3, .4)."""
+    for factor, expected in ((1.0, [-0.6, -0.8]), (0.1, [-0.3, -0.4])):
+        slope = factor * torch.tensor([3.0, 4.0])
+        rule = Optimizer("sgd", lr=1.0, weight_decay=1.0, clip=1.0)
+        fitted = descend(
+            {"w": torch.ones(2)}, lambda p, b, slope=slope: ((slope * p["w"]).sum(), {}), batches(1), rule
+        )
+        assert fitted.tree["w"].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+# ---- the bench
+
+
+def bench(rows: int = 10, **changes: Any) -> Workbench:
+    own = Rows(torch.arange(float(rows)), torch.arange(rows))
+    basics: dict[str, Any] = {"key": (0, "visit", 3), "device": torch.device("cpu"), "world": None, "batch": 4}
+    counts = torch.zeros(4, dtype=torch.int64)
+    return Workbench(
+        **{**basics, **changes}, label_counts=counts, sources={"private": lambda: own, "proxy": lambda: own}
+    )
+
+
+def test_a_scan_sees_every_row_once_and_in_order() -> None:
+    at = bench()
+    weight = torch.ones(1, requires_grad=True)
+    found = at.scan(lambda x, y: (x * weight, y))
+    assert [y.tolist() for _, y in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert not any(x.requires_grad for x, _ in found)
+    assert (at.samples, at.steps) == (10, 0)
+
+
+def test_a_sample_has_no_row_twice() -> None:
+    at = bench()
+    batch = at.sample(7, at.rng("a"))
+    assert len(set(batch.y.tolist())) == 7
+    assert torch.equal(batch.x, batch.y.float())
+    assert torch.equal(at.sample(7, at.rng("a")).y, batch.y)
+    assert not torch.equal(at.sample(7, at.rng("b")).y, batch.y)
+    assert sorted(at.sample(99, at.rng("a")).y.tolist()) == list(range(10))  # no more than there are
+
+
+def test_the_streams_of_a_bench_follow_its_key() -> None:
+    first = [
+        bench(key=key).rng("noise").initial_seed() for key in ((0, "visit", 3), (0, "visit", 4), (0, "visit", 3))
+    ]
+    assert first[0] == first[2] != first[1]
+
+
+def test_a_fit_on_the_bench_is_torchs_adam_under_a_cosine() -> None:
+    """Bit for bit, with the rate lr (1 + cos(pi s / S)) / 2 at step s of S; its steps and rows are counted."""
+    net, start = made("mlp")
+    data, at = batches(6), bench()
+    fitted = at.fit(
+        start,
+        lambda p, b: F.cross_entropy(net(p, b.x), b.y),
+        lambda s: data[s],
+        6,
+        lr=1e-3,
+        weight_decay=0.1,
+        cosine=True,
+    )
+    module = net.module()
+    module.load_state_dict({path.replace("/", "."): x for path, x in trees.leaves(start)})
+    rule = torch.optim.Adam(module.parameters(), weight_decay=0.1, foreach=False)
+    for step, batch in enumerate(data):
+        rule.param_groups[0]["lr"] = 1e-3 * (0.5 + 0.5 * math.cos(math.pi * step / 6))
+        rule.zero_grad()
+        F.cross_entropy(module(batch.x), batch.y).backward()
+        rule.step()
+    assert all(torch.equal(x, module.state_dict()[path.replace("/", ".")]) for path, x in trees.leaves(fitted))
+    assert (at.steps, at.samples) == (6, 36)
+
+
+def test_moments_carry_adam_from_fit_to_fit() -> None:
+    """Twice three steps are six steps, bit for bit; without them the second fit starts anew."""
+    net, start = made("mlp")
+    data, at = batches(6), bench()
+
+    def fit(p: Tree, first: int, steps: int, moments: Tree | None) -> Tree:
+        loss = lambda p, b: F.cross_entropy(net(p, b.x), b.y)  # noqa: E731
+        return at.fit(p, loss, lambda s: data[first + s], steps, lr=1e-2, betas=(0.5, 0.9), moments=moments)
+
+    moments: Tree = {}
+    whole = fit(start, 0, 6, {})
+    assert same(fit(fit(start, 0, 3, moments), 3, 3, moments), whole)
+    assert not same(fit(fit(start, 0, 3, None), 3, 3, None), whole)
+
+
+def test_a_cosine_by_hand() -> None:
+    """Slope 1 at lr .1 for two steps, factors 1 and (1 + cos(pi / 2)) / 2 = .5: 1 - .1 - .05."""
+    start, one = {"w": torch.ones(1)}, batches(1)[0]
+    fitted = bench().fit(start, lambda p, b: p["w"].sum(), lambda s: one, 2, optimizer="sgd", lr=0.1, cosine=True)
+    assert fitted["w"].item() == pytest.approx(0.85)
+
+
 # ---- the batches of a visit
 
 
@@ -168,18 +266,17 @@ class Taught(FedAvg):
         return batch.with_extra(noise=torch.randn(len(batch.y), generator=rng))
 
 
-def visited(how: Augment | None, phase: Phase | None = None, rows: int = 21) -> tuple[Taught, Net, Tree, list[Batch]]:
+def visited(
+    how: Augment | None, phase: Phase | None = None, rows: int = 21, work: float = 1.0
+) -> tuple[Taught, Net, Tree, list[Batch]]:
     net, teacher = made("lenet5")
     rng = trees.stream("rows")
     own = Rows(torch.randn(rows, 1, 8, 8, generator=rng), torch.arange(rows) % 4, how)
     method = Taught(([],))
     streams = Streams(*(trees.stream(name) for name in ("order", "augment", "draw")))
-    made_of: Iterator[Batch] = iter(
-        visit_batches(
-            method, net, {"teacher": teacher}, {}, phase or Phase(), own, streams, batch=8, epochs=2, drop_last=False
-        )
-    )
-    return method, net, teacher, list(made_of)
+    amount: dict[str, Any] = {"batch": 8, "epochs": 2, "work": work, "drop_last": False}
+    found = visit_batches(method, net, {"teacher": teacher}, {}, phase or Phase(), own, streams, **amount)
+    return method, net, teacher, list(found)
 
 
 @pytest.mark.parametrize("how", [None, Augment(flip=True, crop_pad=1)])
@@ -207,6 +304,12 @@ def test_a_phase_has_its_own_passes_and_name() -> None:
     data = visited(None, Phase("digest", epochs=1))[3]
     assert [len(b.y) for b in data] == [8, 8, 5]
     assert {b.phase for b in data} == {"digest"}
+
+
+def test_a_slow_client_does_a_share_of_the_batches() -> None:
+    """Half of two passes of three batches is the first pass."""
+    whole, half = visited(None)[3], visited(None, work=0.5)[3]
+    assert [b.y.tolist() for b in half] == [b.y.tolist() for b in whole[:3]]
 
 
 @pytest.mark.parametrize("how", [None, Augment(flip=True)])

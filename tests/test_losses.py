@@ -28,7 +28,8 @@ def logits(rows: int, classes: int, seed: int) -> Tensor:
 def test_divergence_both_ways(tau: float, student_first: float, teacher_first: float) -> None:
     """Student (2, .5, -1), teacher (1, 1, 0). At tau = 1:
 
-    p = (e^2, e^.5, e^-1) / 9.405657 = (.785597, .175290, .039113), q = (e, e, 1) / 6.436564 = (.422319, .422319, .155362);
+    p = (e^2, e^.5, e^-1) / 9.405657 = (.785597, .175290, .039113),
+    q = (e, e, 1) / 6.436564 = (.422319, .422319, .155362);
     sum p ln(p / q) = .785597 * .620684 - .175290 * .879316 - .039113 * 1.379316 = .279523, and with the roles
     exchanged -.422319 * .620684 + .422319 * .879316 + .155362 * 1.379316 = .323519. tau divides both logits:
     (1, .25, -.5) and (.5, .5, 0) at 2, thirds at 3.
@@ -59,7 +60,7 @@ def test_divergence_agrees_with_torch(rows: int, classes: int, seed: int, tau: f
 
 
 def test_the_gradient_of_usual_distillation() -> None:
-    """d/dz KL(q || softmax(z / tau)) = (softmax(z / tau) - q) / tau; the teacher is not detached here, and gets one too."""
+    """d/dz KL(q || softmax(z / tau)) = (softmax(z / tau) - q) / tau; the teacher gets one too."""
     student, teacher = STUDENT.clone().requires_grad_(), TEACHER.clone().requires_grad_()
     kl(teacher, student, 2.0).backward()
     assert student.grad is not None

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness import nets, trees
-from harness.layers import BUFFERS
+from harness.layers import BUFFERS, LastState, compiled, sequence
 from harness.refusal import Refused
 from harness.trees import Tree
+from harness.zoo import RECURRENT
 
-DIGITS, MNIST, CIFAR = (1, 8, 8), (1, 28, 28), (3, 32, 32)
+DIGITS, MNIST, CIFAR, WORDS = (1, 8, 8), (1, 28, 28), (3, 32, 32), (6,)
 STATELESS = [name for name in nets.names() if name != "fedgen-cnn-bn"]
 
 
@@ -28,6 +29,8 @@ def trained(p: Tree) -> int:
 
 
 def rows(net: nets.Net, count: int, seed: int = 1) -> Tensor:
+    if net.name in RECURRENT:
+        return torch.randint(net.classes, (count, *net.input_shape), generator=trees.stream(seed))
     return torch.randn(count, *net.input_shape, generator=trees.stream(seed))
 
 
@@ -42,7 +45,7 @@ def gradients(loss: Tensor, p: Tree) -> dict[str, Tensor | None]:
 
 
 def made(name: str, shape: tuple[int, ...] = DIGITS, seed: int = 0) -> tuple[nets.Net, Tree]:
-    net = nets.build(name, shape, 10)
+    net = nets.build(name, WORDS if name in RECURRENT else shape, 10)
     return net, net.init(trees.stream(seed))
 
 
@@ -60,6 +63,8 @@ def made(name: str, shape: tuple[int, ...] = DIGITS, seed: int = 0) -> tuple[net
         ("resnet8", CIFAR, 78_042),
         ("resnet20", CIFAR, 272_474),
         ("resnet18", CIFAR, 11_173_962),
+        ("gru-small", WORDS, 21_546),
+        ("gru-large", WORDS, 162_250),
     ],
 )
 def test_parameter_counts(name: str, shape: tuple[int, ...], count: int) -> None:
@@ -81,6 +86,9 @@ def test_parameter_counts(name: str, shape: tuple[int, ...], count: int) -> None
                    128: 73,728 + 3*147,456 + 8,192 + (4*256 + 256) = 525,568 (one (256) for each of five norms);
                    256: 294,912 + 3*589,824 + 32,768 + (5*512) = 2,099,712; 512: 1,179,648 + 3*2,359,296 + 131,072
                    + (5*1024) = 8,393,728; head 512*10+10 = 5,130.
+    gru            embedding 10*32 = 320; three gates on inputs and state, with two biases each: 3 * (32*64 + 64*64
+                   + 2*64) = 18,816; 64*32+32 = 2,080; 32*10+10 = 330. Large: 10*64 = 640; 3 * (64*192 + 192*192 +
+                   2*192) = 148,608; 192*64+64 = 12,352; 64*10+10 = 650.
     """
     net, p = made(name, shape)
     assert trained(p) == count
@@ -106,6 +114,8 @@ def test_parameter_counts(name: str, shape: tuple[int, ...], count: int) -> None
         ("mcmahan-cnn", MNIST, (64, 7, 7), 512),
         ("resnet8", CIFAR, (64, 8, 8), 64),
         ("resnet18", CIFAR, (512, 4, 4), 512),
+        ("gru-small", WORDS, (64,), 32),
+        ("gru-large", WORDS, (192,), 64),
     ],
 )
 def test_cut_points_are_where_the_papers_cut(
@@ -175,7 +185,7 @@ def test_the_functions_compute_what_the_plain_modules_compute(name: str) -> None
     assert torch.equal(net.frozen(q, x), module.eval()(x).detach())
 
 
-@pytest.mark.parametrize("name", STATELESS)
+@pytest.mark.parametrize("name", [name for name in STATELESS if name not in RECURRENT])
 def test_many_clients_at_once_have_the_gradients_of_each(name: str) -> None:
     """vmap over stacked parameters and batches; float32 sums differ in order, hence a tolerance."""
     net = nets.build(name, DIGITS, 10)
@@ -216,6 +226,31 @@ def test_init_depends_on_its_stream_alone_and_leaves_the_global_one(name: str) -
     rng = trees.stream(0)  # a stream moves on: two nets drawn from one are not the same
     assert not torch.equal(trees.flat(net.init(rng)), trees.flat(net.init(rng)))
     assert not any(x.requires_grad for _, x in trees.leaves(first))
+
+
+def test_a_recurrent_net_by_hand() -> None:
+    """One gated unit (Cho et al. 2014) over two tokens, as PyTorch defines it: r and z gate, n is new, and
+    h = (1 - z) n + z h. Every weight is 1 and every bias 0, embeddings are .5 for token 0 and -1 for token 1.
+
+    Token 0 on h = 0: r = z = s(.5) = .622459, n = tanh(.5) = .462117, h = .377541 * .462117 = .174468.
+    Token 1: r = z = s(-1 + .174468) = .304591, n = tanh(-1 + .304591 * .174468) = -.738358,
+    h = .695409 * -.738358 + .304591 * .174468 = -.460319.
+    """
+    state = LastState(1, 1)
+    for name, p in state.named_parameters():
+        torch.nn.init.constant_(p, 1.0 if "weight" in name else 0.0)
+    net = compiled(sequence(embedding=torch.nn.Embedding(2, 1), state=state))
+    p = {f"state.{name}": x for name, x in state.state_dict().items()}
+    p["embedding.weight"] = torch.tensor([[0.5], [-1.0]])
+    assert net(p, torch.tensor([[0]]), True).item() == pytest.approx(0.174468, abs=1e-6)
+    assert net(p, torch.tensor([[0, 1]]), True).item() == pytest.approx(-0.460319, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_recurrent_net_reads_the_order_of_the_words(name: str) -> None:
+    net, p = made(name)
+    said = net.frozen(p, torch.tensor([[1, 2, 3, 4, 5, 6], [2, 1, 3, 4, 5, 6]]))
+    assert not torch.allclose(said[0], said[1])
 
 
 def test_init_is_pytorchs_default() -> None:
@@ -311,6 +346,8 @@ def test_lenet_takes_images_of_any_size_from_4x4(height: int, width: int, channe
         ("lenet", DIGITS, 10, ["'lenet'", "Did you mean 'lenet5'?", "resnet18"]),
         ("mlp", (64,), 10, ["(channels, height, width)", "(64,)"]),
         ("mlp", (1, 0, 8), 10, ["(1, 0, 8)"]),
+        ("gru-small", DIGITS, 10, ["tokens of shape (words,)", "(1, 8, 8)"]),
+        ("gru-small+attention", DIGITS, 10, ["tokens of shape (words,)"]),
         ("mlp", DIGITS, 1, ["at least 2 classes", "1"]),
         ("lenet5", (1, 3, 20), 10, ["'lenet5'", "1x3x20", "4x4"]),
         ("mcmahan-cnn", (3, 2, 2), 10, ["'mcmahan-cnn'", "3x2x2", "4x4"]),

@@ -1,4 +1,6 @@
-"""Partitions: exact cover for every rule, the rules' own promises, realised statistics, refusals, feature shift."""
+"""Partitions: exact cover for every rule, the rules' own promises, realised statistics, refusals, feature shift;
+domains, levels, what is held out, and the server's rows.
+"""
 
 import hashlib
 import math
@@ -10,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import deals
-from harness.config import Partition
-from harness.partitions import Split, describe, shift, split
+from harness.config import Fleet, Holdout, Partition, Proxy, Trial
+from harness.partitions import Split, assign_levels, describe, divide, halves, shift, split
 from harness.refusal import Refused
 
 KINDS = sorted(deals._RULES)
@@ -279,3 +281,190 @@ def test_shift_levels_are_evenly_spaced_in_a_seeded_order() -> None:
     assert np.array_equal(shift(Partition(), 5, seed=3), np.zeros(5))
     orders = {tuple(shift(Partition(shift="noise", shift_level=1.0), 5, seed=s)) for s in (3, 3, 4, 5)}
     assert len(orders) == 3
+
+
+# ---- a trial's deal: proxy, domains, what clients hold out, levels
+
+
+def trial(clients: int = 6, seed: int = 0, **more: object) -> Trial:
+    """Rows dealt at random to these clients, unless told otherwise."""
+    return Trial(method="fedavg", clients=clients, seed=seed, **{"partition": Partition(kind="iid", min_samples=1), **more})
+
+
+shares = st.floats(0, 0.49)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.lists(st.integers(4, 40), min_size=2, max_size=5),
+    clients=st.integers(2, 6),
+    domains=st.sampled_from(["none", "card", "halves"]),
+    proxy=st.tuples(st.integers(0, 5), st.booleans()),
+    holdout=st.tuples(shares, shares),
+    seed=st.integers(0, 2**32),
+)
+def test_a_trials_rows_are_in_one_place_each(
+    rows: list[int], clients: int, domains: str, proxy: tuple[int, bool], holdout: tuple[float, float], seed: int
+) -> None:
+    """Clients' rows, validation, test, proxy and what is left cover the training rows exactly; domains never mix."""
+    labels, classes = labels_of(*rows), len(rows)
+    own_domain = np.arange(len(labels)) % 2
+    how = trial(
+        clients,
+        seed,
+        partition=Partition(kind="dirichlet", alpha=50.0, min_samples=1, domains=domains, fraction=0.8),
+        holdout=Holdout(test=holdout[0], validation=holdout[1]),
+        proxy=Proxy(source="train", rows=proxy[0], balanced=proxy[1]) if proxy[0] else Proxy(),
+    )
+    try:
+        found = divide(labels, classes, how, own_domain)
+    except Refused as refused:
+        assert "\n" not in str(refused)
+        return
+    parts = [*found.clients, *found.validation, *found.test, found.proxy, found.left]
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
+    assert len(found.proxy) == proxy[0]
+    side = {"none": np.zeros(len(labels), int), "card": own_domain, "halves": labels >= classes // 2}[domains]
+    for train, validation, test, counts in zip(found.clients, found.validation, found.test, found.counts, strict=True):
+        total = len(train) + len(validation) + len(test)
+        assert len(train) >= 1
+        assert len(test) == min(round(holdout[0] * total), total - 1)
+        assert len(validation) <= round(holdout[1] * total)
+        assert np.array_equal(np.bincount(labels[train], minlength=classes), counts)
+        assert len(np.unique(side[np.concatenate([train, validation, test])])) == 1
+    again = divide(labels, classes, how, own_domain)
+    assert (again.digest, again.levels) == (found.digest, found.levels)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.integers(10, 90), min_size=2, max_size=4), clients=st.integers(2, 12))
+def test_domains_get_clients_in_proportion_to_their_rows_and_one_at_least(rows: list[int], clients: int) -> None:
+    """Within one client of the exact share, unless that share is below the one client that each domain must have."""
+    domains = np.repeat(np.arange(len(rows)), rows)
+    how = trial(clients, partition=Partition(kind="iid", min_samples=0, domains="card"))
+    if clients < len(rows):
+        with pytest.raises(Refused, match=f"less than the {len(rows)} domains"):
+            divide(np.zeros(len(domains), int), 2, how, domains)
+        return
+    found = divide(np.zeros(len(domains), int), 2, how, domains)
+    owner = [int(domains[mine[0]]) for mine in found.clients]
+    assert owner == sorted(owner)
+    for domain, n in enumerate(rows):
+        exact = n / sum(rows) * clients
+        assert owner.count(domain) >= 1
+        assert abs(owner.count(domain) - exact) <= 1 or min(np.array(rows) / sum(rows) * clients) < 1
+
+
+def test_domains_are_dealt_apart_by_hand() -> None:
+    """9 rows of domain 0 and 3 of domain 1 over 4 clients: 3 of 3 rows each, and 1 of 3 rows."""
+    domains = np.array([0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0])
+    found = divide(np.zeros(12, int), 2, trial(4, partition=Partition(kind="iid", min_samples=1, domains="card")), domains)
+    assert [sorted(set(domains[rows])) for rows in found.clients] == [[0], [0], [0], [1]]
+    assert [len(rows) for rows in found.clients] == [3, 3, 3, 3]
+
+
+def test_domains_that_a_data_set_does_not_have_are_refused() -> None:
+    with pytest.raises(Refused, match="this data set has no domains"):
+        divide(labels_of(20, 20), 2, trial(partition=Partition(kind="iid", domains="card")))
+
+
+def test_halves_of_an_odd_number_of_classes() -> None:
+    assert halves(np.arange(5), 5).tolist() == [0, 0, 1, 1, 1]
+
+
+def test_a_balanced_proxy_has_as_many_rows_of_each_class_as_there_are() -> None:
+    """11 rows of classes with 2, 30 and 30 rows: the small one gives both, the others share 9 as 4 and 5 or 5 and 4."""
+    labels = labels_of(2, 30, 30)
+    found = divide(labels, 3, trial(2, proxy=Proxy(source="train", rows=11, balanced=True)))
+    counts = np.bincount(labels[found.proxy], minlength=3)
+    assert counts[0] == 2
+    assert sorted(counts[1:]) == [4, 5]
+
+
+def test_a_proxy_of_all_rows_is_refused() -> None:
+    with pytest.raises(Refused, match="leaves nothing to train on"):
+        divide(labels_of(5, 5), 2, trial(2, proxy=Proxy(source="train", rows=10)))
+
+
+def test_what_is_held_out_names_another_partition() -> None:
+    """A digest covers held-out and proxy rows; without them it is that of the plain split."""
+    labels = labels_of(40, 40)
+    plain = divide(labels, 2, trial())
+    assert plain.digest == split(labels, 2, 6, Partition(kind="iid", min_samples=1), 0).digest
+    others = [
+        trial(holdout=Holdout(test=0.2)),
+        trial(holdout=Holdout(test=0.4)),
+        trial(holdout=Holdout(validation=0.2)),
+        trial(proxy=Proxy(source="train", rows=5)),
+        trial(proxy=Proxy(source="train", rows=6)),
+    ]
+    assert len({plain.digest, *(divide(labels, 2, how).digest for how in others)}) == 6
+
+
+def test_pooled_rows_are_those_of_all_clients() -> None:
+    found = divide(labels_of(20, 30), 2, trial(proxy=Proxy(source="train", rows=5)))
+    (rows,) = found.pooled().clients
+    assert np.array_equal(rows, np.setdiff1d(np.arange(50), found.proxy))
+    assert np.array_equal(found.pooled().counts[0], found.counts.sum(0))
+    assert found.pooled().levels == (0,)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    counts=st.lists(st.lists(st.integers(0, 20), min_size=3, max_size=3), min_size=1, max_size=15),
+    cuts=st.lists(st.integers(1, 8), min_size=2, max_size=4),
+    by=st.sampled_from(["random", "size", "labels"]),
+    seed=st.integers(0, 2**32),
+)
+def test_levels_are_cut_by_their_shares_in_the_order_asked_for(
+    counts: list[list[int]], cuts: list[int], by: str, seed: int
+) -> None:
+    """Numbers of clients at or below a level are its cumulated share, rounded; keys rise with the level."""
+    table, n = np.array(counts), len(counts)
+    given_shares = tuple(c / sum(cuts) for c in cuts)
+    fleet = Fleet(nets=tuple(f"net{i}" for i in range(len(cuts))), shares=given_shares, by=by)
+    levels = np.array(assign_levels(table, np.zeros(n, int), fleet, seed))
+    assert [int((levels <= i).sum()) for i in range(len(cuts))] == [
+        round(float(end) * n) for end in np.cumsum(given_shares)[:-1]
+    ] + [n]
+    sizes = table.sum(1)
+    mix = table / np.maximum(sizes, 1)[:, None]
+    key = {"size": sizes, "labels": [-sum(p * math.log(p) for p in row if p) for row in mix], "random": np.zeros(n)}[by]
+    order = np.argsort(levels, kind="stable")
+    starts = [np.asarray(key)[levels == level] for level in sorted(set(levels))]
+    assert len(order) == n
+    assert all(a.max() <= b.min() + 1e-12 for a, b in zip(starts, starts[1:], strict=False))
+    assert assign_levels(table, np.zeros(n, int), fleet, seed) == tuple(levels)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=3, max_size=20), st.integers(0, 99))
+def test_with_a_level_for_each_domain_the_levels_are_the_domains(side: list[int], seed: int) -> None:
+    """Else, and with shares, clients are cut by shares in the order of the domains."""
+    counts, domains = np.ones((len(side), 2), int), np.array(side)
+    found = np.array(assign_levels(counts, domains, Fleet(nets=("a", "b", "c"), by="domain"), seed))
+    if len(set(side)) == 3:
+        assert found.tolist() == side
+    order = np.argsort(found, kind="stable")
+    assert all(domains[found == level].max(initial=0) <= domains[found > level].min(initial=2) for level in range(3))
+    assert len(order) == len(side)
+    halved = assign_levels(counts, domains, Fleet(nets=("a", "b", "c"), shares=(0.5, 0.25, 0.25), by="domain"), seed)
+    assert halved.count(0) == round(0.5 * len(side))
+
+
+def test_random_levels_follow_the_seed() -> None:
+    fleet = Fleet(nets=("a", "b"))
+    found = {assign_levels(np.ones((12, 2), int), np.zeros(12, int), fleet, seed) for seed in range(6)}
+    assert len(found) > 3
+    assert all(levels.count(1) == 6 for levels in found)
+
+
+def test_without_a_fleet_all_are_of_one_level() -> None:
+    assert assign_levels(np.ones((5, 2), int), np.zeros(5, int), Fleet(), 0) == (0,) * 5
+
+
+def test_a_vocabulary_of_classes_is_dealt() -> None:
+    """Ten thousand classes of two rows or so, some without any."""
+    labels = np.random.default_rng(0).integers(10_000, size=20_000)
+    found = split(labels, 10_000, 100, Partition(kind="iid"), 0)
+    assert_exact(labels, 10_000, 100, found)

@@ -64,6 +64,10 @@ def model(seed: int, scale: float = 1.0) -> Tree:
     return {"a": {"weight": draw(5, 3), "bias": draw(5)}, "b": draw(7), "c": {"d": {"e": draw(2, 1, 3)}}}
 
 
+def pair(first: float) -> Tree:
+    return {"x": torch.tensor([float(first)]), "y": {"z": torch.tensor([first + 1.0])}}
+
+
 # ---- parcels
 
 
@@ -198,7 +202,27 @@ def test_one_tensor_in_two_places_is_two_leaves() -> None:
         assert tree["b"]["c"].tolist() == [1.0, 1.0]
 
 
+def test_means_by_name() -> None:
+    """Each is the `mean` of its members, in order; by hand (1 * 1 + 3 * 5) / 4 = 4."""
+    items = [("a", model(1), 1.0), ("b", model(2), 7.0), ("a", model(3), 3.0)]
+    found = trees.means(items)
+    assert list(found) == ["a", "b"]
+    assert same(found["a"], trees.mean([model(1), model(3)], [1.0, 3.0]))
+    assert same(found["b"], model(2))
+    small = trees.means(("a", {"w": torch.tensor([w])}, n) for w, n in ((1.0, 1.0), (5.0, 3.0)))
+    assert small["a"]["w"].item() == 4.0
+
+
 # ---- vectors
+
+
+def test_rows_of_the_latest_trees() -> None:
+    """Owner 7 has a row, and gets a new one there; owners 5 and 2 are new and stand behind, in their order."""
+    old, owners = torch.tensor([[1.0, 1.0]]), [7]
+    matrix = trees.update_rows(old, owners, {5: pair(5), 7: pair(7), 2: pair(2)})
+    assert owners == [7, 5, 2]
+    assert matrix.tolist() == [[7.0, 8.0], [5.0, 6.0], [2.0, 3.0]]
+    assert old.tolist() == [[1.0, 1.0]]
 
 
 @given(nested(FLOATS).filter(lambda tree: any(True for _ in trees.leaves(tree))))
@@ -243,7 +267,7 @@ def test_products_have_gradients() -> None:
     for fn, expected in ((trees.dot, trees.flat(q)), (trees.sq_distance, 2 * (trees.flat(model(1)) - trees.flat(q)))):
         p = trees.tree_map(lambda x: x.requires_grad_(), model(1))
         fn(p, q).backward()
-        assert torch.allclose(torch.cat([x.grad.reshape(-1) for _, x in trees.leaves(p)]), expected)
+        assert torch.allclose(trees.flat(trees.tree_map(lambda x: x.grad, p)), expected)
 
 
 def test_stack_adds_a_first_dimension() -> None:
