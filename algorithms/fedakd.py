@@ -106,8 +106,7 @@ class FedAkd(FedAvg):
         """CE; in the variant client_side + lambda_kd tau^2 KL(last model, model) from the second visit on."""
         student = net(p, batch.x)
         value = cross_entropy(student, batch.y, batch.mask)
-        if "teacher" in batch.extra:
-            teacher = batch.extra["teacher"]
+        if (teacher := batch.extra.get("teacher")) is not None:
             value = value + self.lambda_kd * kl(teacher, student, self.tau, tau_squared=True, mask=batch.mask)
         return value, {}
 

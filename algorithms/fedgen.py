@@ -67,12 +67,12 @@ class FedGen(FedAvg):
         nets = [world.net(role.net) for role in self.roles(world).values()]
         norm = any(path.endswith("running_mean") for net in nets for path, _ in leaves(net.init(stream("norm"))))
         if {"groupnorm": norm, "local": not norm, "averaged": norm and self.share == "predictor"}[self.bn]:
-            raise Refused(f"bn={self.bn} with share={self.share} and BatchNorm={norm} in {nets[0].name}")
+            raise Refused(f"fedgen.bn={self.bn} is not for {nets[0].name}: {'local' if norm else 'averaged'} is")
         params = part(nets[0].init(rng), self.share == "predictor", self.bn != "local")
         make = generator(nets[0], "latent", self.noise_width, self.hidden, "fedgen")
         made = {"generator": make.init(rng), "adam": {}, "start": int(torch.randint(2**31, (), generator=rng))}
-        made["drawn"] = torch.zeros(world.clients, world.classes, dtype=torch.int64)
-        return {"net": nets[0].name, "params": params, **made}
+        drawn = torch.zeros(world.clients, world.classes, dtype=torch.int64)
+        return {"net": nets[0].name, "params": params, "drawn": drawn, **made}
 
     def broadcast(self, state: State, cohort: Cohort, world: World) -> Broadcast:
         """The shared part, from the second round on with the generator. Private parts all start from one number."""
@@ -106,29 +106,27 @@ class FedGen(FedAvg):
         logits, extra = net(p, batch.x), batch.extra
         value = cross_entropy(logits, batch.y, batch.mask)
         if inbox.get("gen"):
-            told, ratio = net.classify(p, extra["made"]), len(extra["label"]) / len(batch.y)
-            value = value + inbox["gen"] * ratio * cross_entropy(told, extra["label"])
+            told, label = net.classify(p, extra["made"]), extra["label"]
+            value = value + inbox["gen"] * len(label) / len(batch.y) * cross_entropy(told, label)
         if inbox.get("kl"):
             value = value + inbox["kl"] * kl(net.classify(p, extra["same"]).detach(), logits, mask=batch.mask)
         return value, {"drawn": by_label(logits.detach()[:, :0], batch.y, net.classes, batch.mask)[:, 0]}
 
     def reply(self, trained: Trained) -> tuple[Tree, Tree]:
         """The shared part and how often each label was drawn."""
-        params = part(trained.end, self.share == "predictor", self.bn != "local")
         drawn = trained.metrics["drawn"].sum(0).long() if trained.steps else 0 * trained.bench.label_counts
-        return {"params": params, "label_counts": drawn}, {"own": trained.end} if trained.memory else {}
+        payload = {"params": part(trained.end, self.share == "predictor", self.bn != "local"), "label_counts": drawn}
+        return payload, {"own": trained.end} if trained.memory else {}
 
     def merge(self, state: State, updates: Sequence[Update], server: Server) -> State:
-        """The generator learns from the clients' last layers before they are averaged."""
+        """The mean; the generator learns from the clients' last layers as they were before it."""
         parts = [overlay(state["params"], p) for p in fl.trees_of(updates, "params")]
         drawn = torch.stack([u.payload["label_counts"] for u in updates])
         state["drawn"][[u.visit.client for u in updates]] = drawn
-        if (self.lambda_gen or self.lambda_kl * self.local_latent_kl) and drawn.any():
-            self._train_generator(state, stack([{"head": p["head"]} for p in parts]), drawn, server)
-        return {**state, "params": mean(parts, fl.weights(updates))}
-
-    def _train_generator(self, state: State, heads: Tree, drawn: Tensor, server: Server) -> None:
-        net = server.world.net(state["net"])
+        state = {**state, "params": mean(parts, fl.weights(updates))}
+        if not (self.lambda_gen or self.lambda_kl * self.local_latent_kl) or not drawn.any():
+            return state
+        net, heads = server.world.net(state["net"]), stack([{"head": p["head"]} for p in parts])
         make = generator(net, "latent", self.noise_width, self.hidden, "fedgen")
 
         def loss(z: Tensor, made: Tensor, y: Tensor) -> Tensor:
@@ -138,11 +136,10 @@ class FedGen(FedAvg):
 
         labels = label_prior(drawn if self.label_prior == "uniform" else state["drawn"], self.label_prior)
         lr, decay = self.generator_lr * self.generator_lr_decay**server.round, self.generator_weight_decay
-        course, adam = (
-            Course(self.generator_steps, self.generator_batch, lr),
-            None if self.fresh_adam else state["adam"],
-        )
+        course = Course(self.generator_steps, self.generator_batch, lr)
+        adam = {} if self.fresh_adam else state["adam"]
         state["generator"] = tutor(server, make, state["generator"], loss, labels, self.noise, course, decay, adam)
+        return state
 
     def models(self, state: State) -> dict[str, tuple[str, Tree]]:
         """The global model, if there is a whole one."""

@@ -32,7 +32,7 @@ class GroupMD(fl.Algorithm):
     """L_S = (1 - alpha) CE + alpha KL(p_S || p_T) + gamma sum_j omega_j KL(p_S || p_j); L_T is alike, with beta."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"label_counts", "validation", "private_test"})
-    identity: ClassVar[Mapping[str, Any]] = {"tradeoff": "fixed", "alpha_max": 0.0, "gamma": 0.0}
+    identity: ClassVar[Mapping[str, Any]] = {"students": "averaged", "tradeoff": "fixed", "alpha_max": 0, "gamma": 0}
     matching: Literal["score", "random", "shared"] = "score"  # random: a control; shared: one teacher for all
     weights: tuple[NonNegative, NonNegative, NonNegative] = (1 / 3, 1 / 3, 1 / 3)  # w1..3; all defaults are ours
     students_per_teacher: Count = 3  # M_T

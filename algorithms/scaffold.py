@@ -64,7 +64,9 @@ class Scaffold(FedAvg):
 
     def reply(self, trained: Trained) -> tuple[Tree, Tree]:
         """Option II: c_i' = c_i - c + (theta_g - w) / (K lr)."""
-        per_step = 1 / (effective_steps(trained.steps, trained.momentum) * trained.lr) if trained.steps else 0.0
+        if not trained.steps:  # nothing was learnt about this client's drift
+            return {"params": trained.end, "c_delta": zeros(trained.inbox["c"])}, trained.memory
+        per_step = 1 / (effective_steps(trained.steps, trained.momentum) * trained.lr)
         drift = sub(trained.start, trained.end)
         change = tree_map(lambda d, c: d * per_step - c, drift, trained.inbox["c"])
         return {"params": trained.end, "c_delta": change}, {"c_i": add(trained.memory["c_i"], change)}

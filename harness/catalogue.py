@@ -11,7 +11,8 @@ from harness.protocol import Algorithm
 
 SECTIONS = ("Paper", "Travels down", "Travels up", "Remembered by the client", "Differences from")
 _LABEL = re.compile(rf"(?:^|(?<=\s))({'|'.join(SECTIONS)})([^:.]*):")
-_YEAR = re.compile(r"\b(?:19|20)\d\d\b")
+# A citation goes to the end of the sentence that its year is in; an arXiv number is no year.
+_CITED = re.compile(r".*?\b((?:19|20)\d\d)\b(?!\.\d)(?:[^.;]|\.(?=\S))*")
 HEAD = """\
 # Methods
 
@@ -87,6 +88,15 @@ def sections(text: str) -> dict[str, str]:
     return {"": first.strip(), **found}
 
 
+def citation(paper: str) -> tuple[str, str]:
+    """The paper and its year; "-" for those that there are not."""
+    head = paper.partition(";")[0]
+    if re.match(r"none\b", head):
+        return "-", "-"
+    found = _CITED.match(head)
+    return (found[0], found[1]) if found else (head.partition(". ")[0], "-")
+
+
 def page() -> str:
     """The whole page."""
     rows = [_row(name) for name in registry.names()]
@@ -101,14 +111,13 @@ def path() -> Path:
 def _row(name: str) -> str:
     method = registry.load(name)
     parts = sections(doc(method))
-    paper, years = parts.get("Paper", ""), _YEAR.findall(parts.get("Paper", ""))
+    paper, year = citation(parts.get("Paper", ""))
     down, up = parts.get("Travels down", ""), parts.get("Travels up", "")
     file = f"{name.replace('-', '_')}.py"
-    ours = paper.partition(";")[0].partition(".")[0] == "none"
     cells = [
         name,
-        "-" if ours else paper,
-        "-" if ours or not years else years[-1],
+        paper,
+        year,
         f"{down} / {up}",
         ", ".join(needs(name)) or "-",
         f"[{file}]({file})",

@@ -71,10 +71,9 @@ def draw_cohort(
         eligible = np.arange(clients) if role.clients is None else np.array(sorted(role.clients))
         size = min(len(eligible), role.cohort or max(1, int(len(eligible) * participation + 1e-9)))
         there = eligible[_there(eligible, clients, round, seed, how, trace)]
-        odds = np.array([sizes[k] for k in there], dtype=np.float64) if how.kind == "weighted" else None
-        if odds is not None:
-            there, odds = there[odds > 0], odds[odds > 0]  # who has no rows cannot be picked by rows
-            odds = odds / odds.sum()
+        rows = np.array([sizes[k] if sizes else 1 for k in there], dtype=np.float64)
+        there, rows = there[rows > 0], rows[rows > 0]  # who has no rows has nothing to do
+        odds = rows / rows.sum() if how.kind == "weighted" else None
         rng = numpy_stream(seed, "cohort", round, name)
         picked = there if how.kind == "trace" else rng.choice(there, min(size, len(there)), replace=False, p=odds)
         visits += [Visit(int(client), name) for client in picked]

@@ -234,7 +234,7 @@ def _check_needs(trial: Trial) -> None:
 
 
 def _check_domains(trial: Trial) -> None:
-    """What only some data can do: domains of their own; a feature shift and foreign proxy data, which are for images."""
+    """What only some data can do: domains of their own; for images a feature shift and proxy rows of another set."""
     how, name = trial.partition, trial.dataset
     if how.domains == "card" and not cards.read("datasets", name).get("domains"):
         raise Unfit("partition.domains", f"{name} has no domains of its own: set partition.domains=halves, or none")
@@ -245,7 +245,9 @@ def _check_domains(trial: Trial) -> None:
     if how.shift != "none":
         raise Unfit("partition.shift", f"{name} is text: partition.shift = {how.shift} is for images")
     if trial.proxy.source not in ("none", "train", name):
-        raise Unfit("proxy.source", f"{trial.proxy.source} has another vocabulary than {name}: set proxy.source=train")
+        raise Unfit(
+            "proxy.source", f"{trial.proxy.source} has another vocabulary than {name}: set proxy.source=train"
+        )
 
 
 def _rows_of(dataset: str) -> tuple[tuple[int, ...], int]:

@@ -44,7 +44,7 @@ class Reading(BaseModel):
 class Card(sources.Source):
     """A data set as its card describes it.
 
-    Images: shape (channels, height, width); mean, std of x/255, per channel. Text: shape (words before the next one,);
+    Images: shape (channels, height, width); mean, std of x/255, per channel. Text: shape (words before the next,);
     classes is the size of the vocabulary, which is made from the training texts.
     """
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -158,5 +159,5 @@ def tutor(
     def on_made(p: Tree, batch: Batch) -> Tensor:
         return loss(batch.x, make(p, batch.x, batch.y), batch.y)
 
-    rule = {"lr": course.lr, "weight_decay": weight_decay}
-    return server.fit(start, on_made, draw, course.steps, **rule, cosine=course.cosine, moments=moments)
+    fit = partial(server.fit, lr=course.lr, weight_decay=weight_decay, cosine=course.cosine, moments=moments)
+    return fit(start, on_made, draw, course.steps)

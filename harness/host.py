@@ -75,6 +75,7 @@ class ClientHost:
             seconds=time.perf_counter() - started,
             finite=finite(payload) and finite(after),
             read_proxy=bench.read_proxy,
+            extra=bench.steps,
         )
         return report, payload, after
 

@@ -88,7 +88,7 @@ class World:
 
     def roles_by_net(self) -> dict[str, Role]:
         """A role per net of the fleet, named after it, for the clients of its level; "global" if all are equal."""
-        if len(self.nets) < 2:
+        if len(set(self.nets)) < 2:
             return {"global": Role(self.default_net)}
         members = {name: [k for k, level in enumerate(self.levels) if self.nets[level] == name] for name in self.nets}
         return {name: Role(name, tuple(clients)) for name, clients in members.items()}
@@ -116,8 +116,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to learn from. x: [B, ...], y: [B]; mask: [B], None for all ones; extra: what `teach` and `draw` added, and
-    in local training "row", [B], their places among the phase's rows."""
+    """Rows to learn from. x: [B, ...], y: [B]; mask: [B], None for all ones; extra: what `teach` and `draw` added,
+    and in local training "row", [B], their places among the phase's rows."""
 
     x: Tensor
     y: Tensor

@@ -142,7 +142,7 @@ class Server:
             self.proxy_holders.append(visit.client)
             down = merge_counts(down, {"proxy": self._proxy_bytes})
         self._book_client(report, down, cost)
-        return Update(visit, report.samples, report.steps, payload, report.metrics)
+        return Update(visit, report.samples, report.steps - report.extra, payload, report.metrics)
 
     def _book_client(self, report: Report, down: dict[str, int], cost: Cost) -> None:
         cost.add(report, down)

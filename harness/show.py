@@ -118,7 +118,8 @@ def _sweeps(name: str | None) -> None:
         return _list("sweeps", [(n, cards.read("sweeps", n).get("title", "")) for n in cards.names("sweeps")])
     planned = axes.load_sweep(name)
     page = console()
-    page.print(f"{planned.title or planned.name}: {len(planned.cells)} trials, axes {', '.join(planned.axes)}\n")
+    axes_named = ", ".join(planned.axes) or "none"
+    page.print(f"{name}: {planned.title}\n{len(planned.cells)} trials; axes: {axes_named}\n", highlight=False)
     page.print(cards.find("sweeps", name).read_text(encoding="utf-8"), highlight=False, markup=False)
     return None
 

@@ -57,13 +57,14 @@ class Report:
 
     visit: Visit
     samples: int
-    steps: int
+    steps: int  # all that were taken; of these `extra` on the bench, beyond the phases
     seen: int
     metrics: dict[str, float]
     up_kinds: dict[str, int]
     seconds: float
     finite: bool
     read_proxy: bool = False
+    extra: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def make_setup(
 
 
 def _test_domains(trial: Trial, arrays: Arrays) -> dict[str, Labels]:
-    """The test rows of each domain: the data set's own, or the halves of the classes that the partition keeps apart."""
+    """The test rows of each domain: the data set's own, or the halves of the classes if rows are dealt by them."""
     about, domain = card(trial.dataset), arrays.domains_test
     names = about.domains
     if trial.partition.domains == "halves":

@@ -16,7 +16,7 @@ from torch import nn
 from harness.layers import GROUPS, LastState, Residual, Shape, sequence, shape_after
 from harness.refusal import Refused
 
-# (input shape of a row, classes C) -> sequence of the stages "features" (extractor), "latent", "head" (last linear layer)
+# (shape of a row, classes C) -> sequence of the stages "features" (extractor), "latent", "head" (last linear layer)
 Plan: TypeAlias = Callable[[Shape, int], nn.Sequential]
 
 ZOO: dict[str, Plan] = {}

@@ -108,12 +108,12 @@ def test_the_cards_that_are_promised_exist() -> None:
 def test_shipped_cards_are_whole(name: str) -> None:
     card = data.card(name)
     assert card.name == name
-    assert card.train > card.classes
-    assert len(set(card.class_names)) == card.classes
+    assert card.train > card.classes or card.format == "posts"
+    assert len(set(card.class_names)) == card.classes or card.tokens  # a vocabulary is made from the texts
     assert card.format == "digits" or card.files
     assert all(0 < m < 1 for m in card.mean)
     checked = [*card.files.values(), *card.archives.values(), card.arrays]
-    assert any(checked), "no checksum at all"
+    assert any(checked) or card.format == "posts", "no checksum at all"  # a user's own file has none
 
 
 def test_cards_agree_with_torchvision() -> None:

@@ -168,7 +168,7 @@ def test_a_vocabulary_keeps_no_list_of_recalls_but_all_else() -> None:
     """1001 classes, three rows: 5 right with all confidence, 7 taken for 5 with all confidence, 9 right at 1/2.
 
     accuracy 2/3. Half against half: 9 and 4 have log 1/2 each, the others nothing: loss (0 + 50 + ln 2) / 3. ECE: the
-    last bin has |1 - 2| = 1, the one of 1/2 has |1 - 1/2|: 1.5 / 3. Recalls 1, 0, 1; F1 2/3, 0, 1 over classes with rows.
+    last bin has |1 - 2| = 1, the one of 1/2 has |1 - 1/2|: 1.5 / 3. Recalls 1, 0, 1; F1 2/3, 0, 1 of these.
     """
     logits = sure([5, 5, 9], 1001)
     logits[2, 4] = 50 - 1e-5  # a hair below, so that the guess is 9

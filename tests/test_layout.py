@@ -21,7 +21,7 @@ ORDER = """
     refusal trees losses mixes layers zoo nets protocol descent peers registry cards settings sections cohorts
     config overrides axes formats text sources data deals partitions batches fit evaluate work host books checkpoint
     server pool trial record tracking sweep plots board progress catalogue watch rig probes check show cli
-""".split()
+""".split()  # noqa: SIM905
 ONLY_IN = {"ray": {"pool", "trial", "sweep"}, "pyarrow": {"record"}, "mlflow": {"tracking"}}
 LAZY = {"sklearn", "torchvision", "matplotlib", "mlflow", "PIL"}  # slow: imported inside functions
 TORCH_FREE = ("refusal", "cards", "record", "tracking", "plots", "board")
@@ -29,6 +29,7 @@ FOR_METHODS = {
     *("__future__", "abc", "collections", "dataclasses", "functools", "itertools", "math", "operator", "typing"),
     *("annotated_types", "torch"),
     *("harness.protocol", "harness.trees", "harness.losses", "harness.nets", "algorithms.fedavg"),
+    *("harness.descent", "harness.mixes", "harness.peers"),  # pure functions that several methods share
     *("harness.descent", "harness.refusal"),
 }
 SECTIONS = ("Paper:", "Travels down:", "Travels up:", "Remembered by the client:", "Differences from ")

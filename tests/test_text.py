@@ -1,4 +1,4 @@
-"""Text as windows: the readers on made files of the published formats, the vocabulary, what is cut and what refused."""
+"""Text as windows: readers of made files in the published formats, the vocabulary, what is cut and refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def made(words: str, domain: int = 0, test: bool = False) -> Text:
 @pytest.fixture
 def wordnet(tmp_path: Path) -> Path:
     """Glosses in the published format: 60 of nouns, 40 of verbs."""
-    nouns = [line(4 + i % 3, "n", f"the act of thing {i}; \"it's a self-made one\"", i) for i in range(60)]
+    nouns = [line(4 + i % 3, "n", f'the act of thing {i}; "it\'s a self-made one"', i) for i in range(60)]
     verbs = [line(29 + i % 2, "v", f"cause to move {i} away from; be", i) for i in range(40)]
     (tmp_path / "data.noun").write_text(LICENCE + "".join(nouns))
     (tmp_path / "data.verb").write_text(LICENCE + "".join(verbs))
@@ -88,7 +88,7 @@ def test_the_vocabulary_is_by_training_frequency_and_then_alphabetical() -> None
 
 
 def test_windows_by_hand() -> None:
-    """Tokens a 2, b 3, c 4; x is unknown (0) and not to be predicted; 1 stands before a text, whatever came earlier."""
+    """Tokens a 2, b 3, c 4; x is unknown (0) and not predicted; 1 stands before a text, whatever came earlier."""
     found = text.windows([made("a b x c", 1), made("c", 0)], {"a": 2, "b": 3, "c": 4}, context=2, most=0, size=5)
     assert found.x.tolist() == [[1, 1], [1, 2], [3, 0], [1, 1]]
     assert found.y.tolist() == [2, 3, 4, 4]
@@ -123,7 +123,7 @@ def test_every_window_is_a_place_in_its_text(texts: list[tuple[str, int]], conte
     for said, domain in texts:
         ids = [tokens.get(word, UNKNOWN) for word in said.split()]
         places = [i for i, token in enumerate(ids) if token != UNKNOWN]
-        all_there = [([START] * context + ids[:i])[-context:] + [ids[i]] for i in places]
+        all_there = [[*([START] * context + ids[:i])[-context:], ids[i]] for i in places]
         count = min(most or len(places), len(places))
         mine = [[*found.x[j].tolist(), int(found.y[j])] for j in range(at, at + count)]
         assert not Counter(map(tuple, mine)) - Counter(map(tuple, all_there))
@@ -146,8 +146,8 @@ def test_a_sample_is_of_each_domain_and_side_and_does_not_depend_on_the_order() 
 
 
 def test_glosses_are_of_the_first_domain_that_fits() -> None:
-    lines = [LICENCE, line(5, "n", "a dog"), line(3, "n", "an entity"), line(29, "v", "to breathe"), line(0, "a", "hot")]
-    content = "".join(lines).encode()
+    lines = [line(5, "n", "a dog"), line(3, "n", "an entity"), line(29, "v", "to breathe"), line(0, "a", "hot")]
+    content = (LICENCE + "".join(lines)).encode()
     found = text.glosses(content, "data", ("noun.animal", "noun", "verb.body"))
     assert [(" ".join(t.words), t.domain) for t in found] == [("a dog", 0), ("an entity", 1), ("to breathe", 2)]
 
@@ -220,7 +220,7 @@ def test_what_is_no_wordnet_is_refused(wordnet: Path) -> None:
 
 
 def test_a_domain_without_rows_is_refused(wordnet: Path) -> None:
-    with pytest.raises(Refused, match="no row of domain 'noun.time'"):
+    with pytest.raises(Refused, match=r"no row of domain 'noun\.time'"):
         loaded(wordnet, domains=["noun", "verb", "noun.time"])
 
 

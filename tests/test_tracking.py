@@ -118,6 +118,17 @@ def test_metrics_are_by_round_and_their_time_is_the_trials_clock(store: Store) -
     assert not names & {"student/round", "student/up_bytes", "student/recall", "student/up_kinds", "seed", "alpha"}
 
 
+def test_roles_of_domains_and_of_variants_have_names_that_mlflow_takes(store: Store) -> None:
+    """It refuses "@" and "+"."""
+    tracker = Tracker(None, "sweep", store.path)
+    tracker.add(*commit(store, "t1", roles=("mlp+attention", "mlp+attention@verb")))
+    assert tracker.close() == []
+    _, children = families(store)
+    metrics = children["t1"].data.metrics
+    assert metrics["mlp.attention.verb/accuracy"] == metrics["mlp.attention/accuracy"] == pytest.approx(0.3)
+    assert metrics["mlp.attention.verb_accuracy_last"] == pytest.approx(0.3)
+
+
 def test_running_twice_changes_nothing(store: Store) -> None:
     rows = [commit(store, "aa"), commit(store, "bb", ("global",), status="failed", reason="diverged in round 3")]
     seen = []

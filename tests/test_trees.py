@@ -308,7 +308,7 @@ def test_finite_looks_into_every_leaf(bad: float) -> None:
 
 def test_a_stream_depends_on_its_key_alone() -> None:
     def first(*key: object) -> list[float]:
-        return torch.rand(3, generator=trees.stream(*key)).tolist() + trees.numpy_stream(*key).random(3).tolist()
+        return [*torch.rand(3, generator=trees.stream(*key)).tolist(), *trees.numpy_stream(*key).random(3).tolist()]
 
     torch.manual_seed(1)
     np.random.seed(1)

@@ -150,7 +150,10 @@ def test_a_failure_is_a_row_and_the_others_go_on(tmp_path: Path, inline: Inline,
     tables = run(tmp_path, diary, [*files, "fedavg"], "hosts=0")
     found = {row["method"]: row for row in tables["trials"]}
     names = ["raises", "diverges", "crashes"]
-    assert {name: row["status"] for name, row in found.items()} == {**dict.fromkeys(names, "failed"), "fedavg": "done"}
+    assert {name: row["status"] for name, row in found.items()} == {
+        **dict.fromkeys(names, "failed"),
+        "fedavg": "done",
+    }
     assert [row["method"] for row in diary.ended] == [*names, "fedavg"]
     assert found["raises"]["reason"] == "ValueError: bad luck"
     assert found["diverges"]["reason"].startswith("diverged: the update of client")

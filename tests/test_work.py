@@ -78,7 +78,8 @@ def test_domains_of_the_card_reach_partition_and_test_set(words: Arrays) -> None
 
 def test_pools_are_the_domains(words: Arrays) -> None:
     fleet = {"nets": ["gru-small", "gru-large"], "by": "domain"}
-    setup, _ = make_setup(text_trial(method="codist", fleet=fleet, hyper={"mode": "separate", "pools": "domain"}), words)
+    trial = text_trial(method="codist", fleet=fleet, hyper={"mode": "separate", "pools": "domain"})
+    setup, _ = make_setup(trial, words)
     world = make_world(setup, frozenset())
     assert world.levels == (0, 0, 0, 0, 1, 1)
     assert {name: role.clients for name, role in world.roles_by_net().items()} == {
@@ -89,12 +90,13 @@ def test_pools_are_the_domains(words: Arrays) -> None:
 
 
 def test_halves_of_the_classes_are_domains_of_images(lab: Lab) -> None:
+    """Ten classes, of which the last two have no rows here."""
     trial = config.resolve({"method": "fedavg", "clients": 4, "partition": {"kind": "iid", "domains": "halves"}})
-    arrays = lab.arrays(200, classes=10)
+    arrays = lab.arrays(200, classes=8)
     setup, _ = make_setup(trial, arrays)
     assert {name: sorted(set(arrays.y_test[rows])) for name, rows in setup.domains.items()} == {
         "lower": [0, 1, 2, 3, 4],
-        "upper": [5, 6, 7, 8, 9],
+        "upper": [5, 6, 7],
     }
     plain = config.resolve({"method": "fedavg", "clients": 4})
     assert make_setup(plain, arrays)[0].domains == {}
@@ -130,24 +132,24 @@ def test_domains_change_no_number_of_the_models_own_row(lab: Lab) -> None:
     """The same trial without the domains of its setup: counts, and so accuracy, are equal; sums of losses but for
     the order of addition."""
     trial = config.resolve({"method": "fedavg", "clients": 4, "rounds": 2, "partition": {"domains": "halves"}})
-    setup, _ = make_setup(trial, lab.arrays(300, classes=10))
+    setup, _ = make_setup(trial, lab.arrays(300, classes=8))
     split = [row for row in run(setup).rounds if "@" not in row["role"]]
     whole = run(Setup(trial, setup.arrays, setup.split)).rounds
     for one, other in zip(split, whole, strict=True):
         exact = ("accuracy", "balanced_accuracy", "macro_f1", "recall", "steps", "up_bytes", "train_loss")
-        assert [one[name] for name in exact] == [other[name] for name in exact]
+        np.testing.assert_equal([one[name] for name in exact], [other[name] for name in exact])  # NaN equals NaN
         assert [one[name] for name in ("loss", "ece")] == pytest.approx([other[name] for name in ("loss", "ece")])
 
 
 def test_text_learns(words: Arrays) -> None:
-    """The next word is the last one or the one after it: chance is 1 in 28, and 20 rounds see far more than that."""
-    server = run(make_setup(text_trial(rounds=30, local={"epochs": 4, "batch": 8, "lr": 1.0}), words)[0])
+    """The next word is the last one or the one after it: chance is 1 in 28, and a net that learns does far better."""
+    server = run(make_setup(text_trial(rounds=10, local={"epochs": 3, "batch": 8, "lr": 1.0, "clip": 1.0}), words)[0])
     assert server.rounds[-3]["role"] == "global"
     assert server.rounds[-3]["accuracy"] > 0.3
 
 
 def test_proxy_rows_of_text_are_tokens(words: Arrays) -> None:
-    trial = text_trial(method="fedavg_proxy", proxy={"source": "train", "rows": 12})
+    trial = text_trial(method="fedavg-proxy", proxy={"source": "train", "rows": 12})
     setup, _ = make_setup(trial, words)
     rows = proxy_rows(setup, frozenset({"proxy"}), torch.device("cpu"))
     assert rows.x.dtype == torch.int64

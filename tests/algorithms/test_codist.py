@@ -11,6 +11,7 @@ import torch
 from algorithms.codist import Codist
 from algorithms.fedadam import FedAdam
 from harness.batches import Rows
+from harness.checkpoint import pack, unpack
 from harness.fit import Workbench
 from harness.protocol import Role, World
 from harness.refusal import Refused
@@ -65,8 +66,9 @@ class Moved(Workbench):
 def test_merged_by_hand(lab: Lab, alpha: float, wanted: float) -> None:
     """theta = 1, clients .8 (n = 100) and 1.1 (n = 300): mean 1.025, delta D = .025; distilled .7: E = -.3. lr .1.
 
-    g = (1 - alpha) D + alpha E; Adam's first step is .1 * .1 g / (.1 |g| + .001). alpha 0: .1 * .0025 / .0035 = .071429;
-    alpha .3: g = .0175 - .09 = -.0725, -.1 * .00725 / .00825 = -.087879; alpha 1: -.1 * .03 / .031 = -.096774.
+    g = (1 - alpha) D + alpha E; Adam's first step is .1 * .1 g / (.1 |g| + .001).
+    alpha 0: .1 * .0025 / .0035 = .071429. alpha .3: g = .0175 - .09 = -.0725, -.1 * .00725 / .00825 = -.087879.
+    alpha 1: -.1 * .03 / .031 = -.096774.
     """
     net, method = lab.Table(classes=1), Codist(alpha=alpha)
     world = lab.world(net=net, nets=("table", "table"), levels=LEVELS, proxy_rows=1)
@@ -179,6 +181,16 @@ def test_kept_moments_change_the_second_pass_not_the_first(lab: Lab) -> None:
         kept.step()
         assert lab.same(fresh.state["params"], kept.state["params"]) is equal
     assert kept.state["adam"]["mlp"]["step"].item() == 2
+
+
+def test_what_is_kept_survives_a_checkpoint(lab: Lab) -> None:
+    """Moments of FedAdam, and of the distillation where they are kept; empty before the first round."""
+    server = begin(lab, "codist", {"fresh_adam": False})
+    for _ in range(2):
+        restored = unpack(pack(server.state))
+        assert lab.same(restored, server.state)
+        assert restored["adam"].keys() == server.state["adam"].keys()
+        server.step()
 
 
 # ---- who trains what

@@ -137,8 +137,8 @@ def test_updates_are_averaged_and_added(lab: Any, weighting: Any, value: float) 
 
 
 def test_clients_and_server_hold_the_same_mentee_and_bytes_are_those_of_factors(lab: Any) -> None:
-    """Half of the clients a round. The mentee from which a client starts is the server's, bit for bit, whether it came
-    whole or was made from the last update.
+    """Half of the clients a round. The mentee from which a client starts is the server's, bit for bit, whether it
+    came whole or was made from the last update.
     """
     basics = {"rounds": 4, "clients": 6, "cohort": 3}
     server = run(lab, **basics)

@@ -28,7 +28,7 @@ def finish(server: Any) -> Any:
 
 @pytest.mark.parametrize(("how", "value"), [("absolute", 2.5 / 3), ("squared", 0.75)])
 def test_digest_is_the_mean_error_of_logits(lab: Any, how: Any, value: float) -> None:
-    """Logits (2, .5, -1), consensus (1, 1, 0), which is the second row of two: (1 + .5 + 1) / 3 and (1 + .25 + 1) / 3.
+    """Logits (2, .5, -1), consensus (1, 1, 0), the second row of two: (1 + .5 + 1) / 3 and (1 + .25 + 1) / 3.
     The derivative of the first is the sign over 3.
     """
     p, inbox = {"logits": torch.tensor([[2.0, 0.5, -1.0]])}, {"consensus": torch.tensor([[9.0, 9, 9], [1.0, 1, 0]])}
@@ -87,7 +87,7 @@ def test_no_row_numbers_travel_where_all_rows_are_used(lab: Any, alignment: int)
 
 
 def test_two_rounds(lab: Any) -> None:
-    """Round 0 pre-trains and answers; round 1 digests what was answered; bytes are 24 rows of 10 logits, and numbers."""
+    """Round 0 pre-trains and answers; round 1 digests the answers. Bytes: 24 rows of 10 logits, row numbers."""
     server = finish(server_of(lab, FAST, rounds=2))
     first, second = server.pool.log[:4], server.pool.log[4:]
     assert all(set(s.inbox) == {"next"} and s.memory is None for s in first)

@@ -82,10 +82,7 @@ def test_private_nets_may_differ_and_the_shared_one_is_chosen(lab: Any) -> None:
     server = run(lab, {"shared_net": "lenet5"}, fleet={"nets": ["mlp", "lenet5"]})
     assert server.state["net"] == "lenet5"
     assert {row["role"] for row in server.rounds} == {"shared", "personal-mlp", "personal-lenet5"}
-    sizes = {
-        s.order.net: sum(s.payload["shared"]["head"][k].numel() for k in s.payload["shared"]["head"])
-        for s in server.pool.log
-    }
+    sizes = {s.order.net: size(s.payload["shared"]) for s in server.pool.log}
     assert len(sizes) == 2 and len(set(sizes.values())) == 1
 
 
