@@ -3,10 +3,10 @@
 Paper: Tan et al., FedProto: Federated Prototype Learning across Heterogeneous Clients, AAAI 2022.
 Travels down: a prototype per class, [C, Z], and which there are. Travels up: the client's prototypes and its rows of
 each class. Remembered by the client: its model, its rows of each class, and the prototypes that it answers with.
-Differences from the code: prototypes are computed after training, as in the paper, not averaged over the last epoch as
-it trains. A prototype that nobody in a round has stays as it was. The distance in the loss is the mean square over Z,
-as in the code. A client answers with the prototypes that it last received, or its own where there were none, and of
-its own classes only: on others its loss is without meaning.
+Differences from the code: prototypes are computed after training, as in the paper, not averaged over the last epoch.
+A prototype that nobody in a round has stays as it was. The distance in the loss is the mean square over Z, as in the
+code. A client answers with the prototypes that it last received, or its own where there were none, and of its own
+classes only: on others its loss is without meaning.
 """
 
 from __future__ import annotations

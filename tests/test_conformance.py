@@ -364,7 +364,6 @@ BROKEN: dict[str, tuple[set[str], str, str]] = {
 AWAKE = {
     "codist": {"mode": "periodic", "period": 1},
     "fedcog": {"start_round": 1, "input_steps": 2},
-    "fedgkd": {"start_round": 0},
     "groupmd": {"warm_rounds": 1, "patience": 1},
 }
 

@@ -49,8 +49,8 @@ COUNTS = torch.tensor([[2, 0], [0, 2]])
 
 def test_the_generator_s_weighted_loss_by_hand() -> None:
     """1 + counts is (3, 1), (1, 3), so weights are 3/4 and 1/4. Cross-entropies: ln 4/3 = .287682 where a client has
-    logit ln 3, else ln 2 = .693147. Each client: (.75 * .287682 + .25 * .693147) / 2 = .194524. With the code's shapes,
-    [B] times [B, 1], all pairs would be averaged: 2 * .5 * .490415.
+    logit ln 3, else ln 2 = .693147. Each client: (.75 * .287682 + .25 * .693147) / 2 = .194524. With the shapes of
+    the paper's code, [B] times [B, 1], all pairs would be averaged: 2 * .5 * .490415.
     """
     assert float(teaching(LOGITS, LABELS, COUNTS, "weighted_ce")) == pytest.approx(0.389049, abs=1e-6)
 
@@ -78,8 +78,8 @@ def test_sums_by_label() -> None:
     ("latent", "kl", "expected"), [(2.0, 0.0, 0.863046), (0.0, 3.0, 0.719205), (2.0, 3.0, 1.294569)]
 )
 def test_the_client_s_loss_by_hand(lab: Lab, latent: float, kl: float, expected: float) -> None:
-    """The row's logits are (ln 3, 0), label 0: ln 4/3 = .287682. The generated row (0, ln 3) passes the head, which is
-    the identity, with label 1: .287682 again, times 2. For the row's own label the generator made (0, 0): target
+    """The row's logits are (ln 3, 0), label 0: ln 4/3 = .287682. The generated row (0, ln 3) passes the head, the
+    identity, with label 1: .287682 again, times 2. For the row's own label the generator made (0, 0): target
     (1/2, 1/2) against (3/4, 1/4), .5 ln(2/3) + .5 ln 2 = .143841, times 3.
     """
     p = {"logits": torch.tensor([[LN3, 0.0]]), "head": torch.eye(2)}
