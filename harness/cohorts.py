@@ -73,9 +73,9 @@ def draw_cohort(
         there = eligible[_there(eligible, clients, round, seed, how, trace)]
         rows = np.array([sizes[k] if sizes else 1 for k in there], dtype=np.float64)
         there, rows = there[rows > 0], rows[rows > 0]  # who has no rows has nothing to do
-        odds = rows / rows.sum() if how.kind == "weighted" else None
+        odds = rows / rows.sum() if how.pattern == "weighted" else None
         rng = numpy_stream(seed, "cohort", round, name)
-        picked = there if how.kind == "trace" else rng.choice(there, min(size, len(there)), replace=False, p=odds)
+        picked = there if how.pattern == "trace" else rng.choice(there, min(size, len(there)), replace=False, p=odds)
         visits += [Visit(int(client), name) for client in picked]
     return Cohort(round, tuple(sorted(visits)))
 
@@ -97,9 +97,9 @@ def _there(
     eligible: npt.NDArray[np.int64], clients: int, round: int, seed: int, how: Availability, trace: Trace | None
 ) -> npt.NDArray[np.bool_]:
     """[eligible] of bool: who is there in this round."""
-    if how.kind == "trace":
+    if how.pattern == "trace":
         return np.isin(eligible, list((trace or {}).get(round, ())))
-    if how.kind == "cyclic":
+    if how.pattern == "cyclic":
         # Clients live in time zones, evenly spread: each is there for the first part of its own day.
         zone = numpy_stream(seed, "zones").permutation(clients)[eligible] * how.period / clients
         return (round + zone) % how.period < how.window * how.period

@@ -132,11 +132,11 @@ class Fleet(Settings):
 class Availability(Settings):
     """Who is there when a cohort is drawn, and what becomes of its work.
 
-    kind: uniform; weighted, by rows; cyclic, for the first `window` of every `period` rounds, in time zones spread
+    pattern: uniform; weighted, by rows; cyclic, for the first `window` of every `period` rounds, in time zones spread
     over the clients; trace, exactly the clients that a Parquet file with columns round and client lists.
     """
 
-    kind: Literal["uniform", "weighted", "cyclic", "trace"] = "uniform"
+    pattern: Literal["uniform", "weighted", "cyclic", "trace"] = "uniform"
     period: Annotated[int, Field(ge=2, le=2**31 - 1)] = 24  # rounds
     window: Share = 0.5  # share of a period
     trace: Text = ""  # path
@@ -146,10 +146,18 @@ class Availability(Settings):
     straggler_work: Share = 0.5  # that part
 
     @model_validator(mode="after")
-    def _trace_given(self) -> Availability:
-        if (self.kind == "trace") != bool(self.trace):
-            raise ValueError("availability.kind = trace and availability.trace = FILE go together")
+    def _complete(self) -> Availability:
+        for name in ("period", "window"):
+            if self.pattern != "cyclic" and getattr(self, name) != self._usual(name):
+                raise ValueError(f"availability.{name} changes nothing unless availability.pattern = cyclic")
+        if not self.stragglers and self.straggler_work != self._usual("straggler_work"):
+            raise ValueError("availability.straggler_work changes nothing unless availability.stragglers is over 0")
+        if (self.pattern == "trace") != bool(self.trace):
+            raise ValueError("availability.pattern = trace and availability.trace = FILE go together")
         return self
+
+    def _usual(self, name: str) -> object:
+        return type(self).model_fields[name].default
 
 
 class Evaluation(Settings):

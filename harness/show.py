@@ -94,7 +94,8 @@ def _nets(name: str | None) -> None:
     for one in [name] if name else nets.names():
         counts = [_parameters(one, shape, classes) for shape, classes in shapes]
         rows.append((one, *counts))
-    return _grid(("net", *(f"parameters at {'x'.join(map(str, s))}" for s, _ in shapes)), rows)
+    inputs = ["x".join(map(str, s)) if len(s) > 1 else f"{s[0]} words" for s, _ in shapes]
+    return _grid(("net", *(f"parameters at {what}" for what in inputs)), rows)
 
 
 def _parameters(net: str, shape: tuple[int, ...], classes: int) -> str:

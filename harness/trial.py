@@ -72,7 +72,8 @@ class FederatedTrial(tune.Trainable):
         self.failure = None
         self.server = None
         self.skew: dict[str, Any] = {}
-        self.settings = config.resolve(self.data["cells"][chosen["cell"]])
+        # Resolved by the driver already, where the files are that it may name.
+        self.settings = config.Trial.model_validate_json(self.data["cells"][chosen["cell"]])
         self.execution = config.Execution.model_validate(self.data["execution"])
         _forget_peak()
 
@@ -81,7 +82,9 @@ class FederatedTrial(tune.Trainable):
         if self.server is None:
             trial, how = self.settings, self.execution
             arrays = ray.get(self.data["arrays"][trial.dataset])
-            setup, mixes = make_setup(trial, arrays, self._proxy(trial))
+            setup, mixes = make_setup(
+                trial, arrays, self._proxy(trial), self.data["traces"].get(trial.availability.trace)
+            )
             self.skew = {"partition_hash": setup.split.digest}
             self.skew |= {f"partition_{key}": value for key, value in setup.split.statistics.items()}
             device = device_of(how)

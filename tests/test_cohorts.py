@@ -24,7 +24,7 @@ def clients_of(cohort: Cohort) -> list[int]:
 @given(st.integers(0, 99), st.integers(0, 200), st.integers(4, 60), st.integers(2, 30))
 def test_cyclic_clients_come_only_in_their_window(seed: int, round: int, clients: int, period: int) -> None:
     """A client that is there in round t is there in round t + period, too, and over a period all of them are."""
-    how = Availability(kind="cyclic", period=period, window=0.5)
+    how = Availability(pattern="cyclic", period=period, window=0.5)
     everybody = [
         set(clients_of(draw_cohort(seed, t, ROLES, clients, 1.0, how))) for t in range(round, round + period)
     ]
@@ -35,14 +35,14 @@ def test_cyclic_clients_come_only_in_their_window(seed: int, round: int, clients
 
 
 def test_cyclic_cohorts_are_cut_to_those_who_are_there() -> None:
-    how = Availability(kind="cyclic", period=10, window=0.1)
+    how = Availability(pattern="cyclic", period=10, window=0.1)
     sizes = [len(draw_cohort(0, t, ROLES, 20, 0.5, how).visits) for t in range(10)]
     assert sizes == [2] * 10  # 20 clients in 10 time zones: 2 are there, 10 were wanted
 
 
 def test_weighted_cohorts_favour_rows_and_never_pick_empty_clients() -> None:
     """One of 3 clients with rows 0, 1, 3: over 4,000 draws client 2 comes 3/4 of the time (standard error .007)."""
-    how = Availability(kind="weighted")
+    how = Availability(pattern="weighted")
     picked = [clients_of(draw_cohort(1, t, ROLES, 3, 0.4, how, sizes=(0, 1, 3)))[0] for t in range(4000)]
     assert 0 not in picked
     assert abs(picked.count(2) / 4000 - 0.75) < 0.035
@@ -53,7 +53,7 @@ def test_a_trace_is_followed_exactly(tmp_path: Path) -> None:
     pd.DataFrame({"round": [0, 0, 2, 0], "client": [3, 1, 2, 3]}).to_parquet(path)
     trace, digest = read_trace(path, clients=4)
     assert trace == {0: [1, 3], 2: [2]}
-    how = Availability(kind="trace", trace=str(path))
+    how = Availability(pattern="trace", trace=str(path))
     drawn = [clients_of(draw_cohort(5, t, ROLES, 4, 0.25, how, trace=trace)) for t in range(3)]
     assert drawn == [[1, 3], [], [2]]
     pd.DataFrame({"client": [2, 1, 3], "round": [2, 0, 0]}).to_parquet(path)

@@ -196,16 +196,18 @@ def test_the_digest_of_a_known_trial() -> None:
     """
     trial = one("net=mlp", "seed=1", "alpha=0.1")
     text = (
-        '{"rules":1,"trial":{"clients":20,"cohort":20,"dataset":"digits",'
-        '"evaluation":{"batch":1000,"every":1,"tail":0.3,"targets":[]},"hyper":{},'
-        '"local":{"augment":true,"batch":64,"drop_last":false,"epochs":5,"lr":0.01,"lr_decay":1.0,"momentum":0.0,'
-        '"weight_decay":0.0},"method":"fedavg","net":"mlp","participation":1.0,'
-        '"partition":{"alpha":0.1,"classes_per_client":2,"fraction":1.0,"group":10,"kind":"dirichlet",'
-        '"long_tail":1.0,"min_samples":10,"shards_per_client":2,"shift":"none","shift_level":0.0,"size_alpha":0.5},'
+        '{"rules":1,"trial":{"availability":{"dropout":0.0,"pattern":"uniform","period":24,"straggler_work":0.5,'
+        '"stragglers":0.0,"trace":"","trace_hash":"","window":0.5},"clients":20,"cohort":20,"dataset":"digits",'
+        '"evaluation":{"batch":1000,"every":1,"tail":0.3,"targets":[]},"fleet":{"by":"random","nets":[],"shares":[]},'
+        '"holdout":{"test":0.0,"validation":0.0},"hyper":{},"local":{"augment":true,"batch":64,"clip":0.0,'
+        '"drop_last":false,"epochs":5,"lr":0.01,"lr_decay":1.0,"momentum":0.0,"weight_decay":0.0},"method":"fedavg",'
+        '"net":"mlp","participation":1.0,"partition":{"alpha":0.1,"classes_per_client":2,"domains":"none",'
+        '"fraction":1.0,"group":10,"kind":"dirichlet","long_tail":1.0,"min_samples":10,"shards_per_client":2,'
+        '"shift":"none","shift_level":0.0,"size_alpha":0.5},"proxy":{"balanced":false,"rows":0,"source":"none"},'
         '"rounds":50,"seed":1,"source":""}}'
     )
     assert config.digest(trial) == hashlib.sha256(text.encode()).hexdigest()
-    assert config.digest(trial) == "c35e2e2a7085bde1de1e9d5ab9c48f1a49e5fc1406316c74bb1c08268c2af03f"
+    assert config.digest(trial) == "ac5a21fb2d09249e60588deb6a809c2967060213124e05104b468e29985fffa8"
     assert config.trial_id(trial) == config.digest(trial)[:16]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ COSTS = ("up_bytes", "down_bytes", "steps", "server_steps", "samples", "seconds"
 
 
 @pytest.fixture
-def words(monkeypatch: pytest.MonkeyPatch) -> Arrays:
+def words(monkeypatch: pytest.MonkeyPatch) -> Iterator[Arrays]:
     """A small stand-in for the glosses: two domains of windows, the next word is the last one plus the domain.
 
     The card of wordnet is kept but for the size of the vocabulary.
@@ -41,7 +42,8 @@ def words(monkeypatch: pytest.MonkeyPatch) -> Arrays:
         return x, x[:, -1] + domain, domain
 
     train, test = side(300), side(70)
-    return Arrays(train[0], train[1], test[0], test[1], train[2], test[2])
+    yield Arrays(train[0], train[1], test[0], test[1], train[2], test[2])
+    torch.set_flush_denormal(False)  # hosts turn it on
 
 
 def text_trial(**more: Any) -> config.Trial:

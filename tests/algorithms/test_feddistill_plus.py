@@ -44,10 +44,11 @@ def test_two_rounds(lab: Lab) -> None:
     """mlp: 54,004 floats; logits: 4 x 4. The mean of logits is plain though clients have 12, 20, 8 and 16 rows."""
     server = lab.run("feddistill-plus", rounds=2)
     log, size = server.pool.log, 16 * 54_004  # type: ignore[attr-defined]
+    told = [first.payload["logits"] for first in sorted(log[:4], key=lambda sent: sent.order.visit)]
     assert [row["up_kinds"] for row in server.rounds] == [{"params": size, "logits": 256}] * 2
     assert [row["down_kinds"] for row in server.rounds] == [{"params": size}, {"params": size, "logits": 256}]
     for sent in log[4:]:
-        assert sent.inbox["logits"].equal(torch.stack([first.payload["logits"] for first in log[:4]]).mean(0))
+        assert sent.inbox["logits"].equal(torch.stack(told).mean(0))
         assert sent.memory["seen"][:, -1].tolist() == server.setup.split.counts[sent.order.visit.client].tolist()
 
 

@@ -158,7 +158,7 @@ def test_without_its_terms_it_is_fedavg(lab: Lab) -> None:
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
 def test_what_a_client_draws(lab: Lab, kind: Any) -> None:
     method = FedGen(noise=kind, generated_batch=500, **SMALL)
-    inbox = {"generator": nets.generator(NET, "latent", 4, 16, "fedgen").init(trees.stream(1))}
+    inbox: dict[str, Any] = {"generator": nets.generator(NET, "latent", 4, 16, "fedgen").init(trees.stream(1))}
     inbox["labels"] = torch.tensor([0.5, 0.0, 0.5, 0.0])
     batch = Batch(torch.zeros(3, 1, 8, 8), torch.tensor([1, 1, 3]))
     drawn = method.draw(NET, batch, inbox, {}, trees.stream(2)).extra
@@ -189,7 +189,7 @@ def asked(lab: Lab, method: FedGen, round: int = 0) -> dict[str, Any]:
         found.update(p=p, loss=loss, draw=draw, steps=steps, rule=rule, ends=ends, drawn=torch.stack(drawn))
         return p
 
-    bench.fit = fit  # type: ignore[method-assign, assignment]
+    bench.fit = fit  # type: ignore[method-assign]
     after = method.merge(state, updates, bench)
     assert after["drawn"].tolist() == [[2, 0, 0, 0], [0, 0, 0, 9], [4, 2, 0, 0]]
     assert lab.close(after["params"], trees.mean(ends, [10, 30]))

@@ -34,8 +34,8 @@ def run(lab: Lab, hyper: dict[str, Any] | None = None, **trial: Any) -> Server:
 
 @pytest.mark.parametrize(("weight", "expected"), [(0.0, 0.287682), (1.0, 2.787682), (2.0, 5.287682)])
 def test_the_loss_by_hand(lab: Lab, weight: float, expected: float) -> None:
-    """Logits (ln 3, 0) and (0, ln 3) for labels 0 and 1: ln 4/3 = .287682 each. Latent vectors are the logits. That of
-    the first row is (1, 3) away from its prototype: (1 + 9) / 2 = 5. Class 1 has none: 0, so the mean is 5 / 2.
+    """Logits (ln 3, 0) and (0, ln 3) for labels 0 and 1: ln 4/3 = .287682 each. Latent vectors are the logits. The
+    first row's is (1, 3) away from its prototype: (1 + 9) / 2 = 5. Class 1 has none: 0, so the mean is 5 / 2.
     """
     p = {"latent": torch.tensor([[LN3, 0.0], [0.0, LN3]]), "head": torch.eye(2)}
     batch = Batch(torch.tensor([0, 1]), torch.tensor([0, 1]))
