@@ -61,7 +61,8 @@ def test_without_its_term_it_is_fedavg(lab: Lab) -> None:
     assert not lab.same(with_term.state["params"], plain.state["params"])
 
 
-def test_clients_without_rows_take_part(lab: Lab) -> None:
-    server = lab.run("feddistill-plus", sizes=(12, 0, 8), rounds=2)
-    told = [sent.payload["logits"] for sent in server.pool.log if sent.order.visit.client == 1]  # type: ignore[attr-defined]
-    assert not any(bool(x.any()) for x in told)
+def test_a_visit_without_steps_tells_nothing(lab: Lab) -> None:
+    trained = lab.trained({}, {"w": torch.ones(1)}, {}, {"seen": torch.zeros(2, 3)}, steps=0)
+    payload, memory = FedDistillPlus().reply(trained)
+    assert payload["logits"].tolist() == [[0, 0], [0, 0]]
+    assert not memory["seen"].any()

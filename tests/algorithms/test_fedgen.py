@@ -170,6 +170,13 @@ def test_what_a_client_draws(lab: Lab, kind: Any) -> None:
     assert float(z.mean()) == pytest.approx(0.5 if kind == "uniform" else 0.0, abs=0.1)
 
 
+def test_a_visit_without_steps_drew_nothing(lab: Lab) -> None:
+    p = NET.init(trees.stream(0))
+    payload, memory = FedGen().reply(lab.trained(p, p, {}, {}, net=NET, steps=0))
+    assert payload["label_counts"].tolist() == [0, 0, 0, 0]
+    assert memory == {}
+
+
 # ---- the generator's training
 
 
