@@ -129,12 +129,13 @@ def _print_board(results: Path, metric: str) -> None:
     from harness.progress import console
 
     found, out = boards.table(results, metric), console()
-    grid = Table(title=found.title, title_justify="left", show_edge=False, pad_edge=False)
+    grid = Table(show_edge=False, pad_edge=False)
     grid.add_column("method", no_wrap=True)
     for column in found.columns:
         grid.add_column(column, justify="right")
     for name, cells in zip(found.rows, found.cells, strict=True):
         grid.add_row(name, *map(str, cells))
+    out.print(found.title, style="bold", highlight=False, markup=False)
     out.print(grid, markup=False)
     for note in found.notes:
         out.print(f"- {note}", highlight=False, markup=False)

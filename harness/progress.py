@@ -120,7 +120,7 @@ class Display:
         if self.first is None:
             return "starting"
         (since, before), done = self.first, self._rounds_done
-        if done <= before:
+        if done <= before or done >= self.rounds:
             return ""
         return f"about {_duration((time.monotonic() - since) / (done - before) * (self.rounds - done))} left"
 

@@ -15,6 +15,7 @@ from ray import tune
 
 from harness import RULES_VERSION
 from harness.axes import Sweep
+from harness.checkpoint import Shelf
 from harness.config import Trial, digest, hyper_fields, trial_id
 from harness.data import Arrays, card
 from harness.overrides import hyper_prefix
@@ -73,6 +74,11 @@ def _spelled(value: Any) -> str:
     return str(value) if bare else json.dumps(value, ensure_ascii=False)
 
 
+def runs_again(row: Mapping[str, Any]) -> bool:
+    """Whether a trial with this row is tried again: a failure that is not the numbers' own doing."""
+    return row["status"] == "failed" and not str(row["reason"]).startswith("diverged")
+
+
 class Scribe(tune.Callback):
     """The only writer: turns what trials report into rows. Lives in the driver."""
 
@@ -88,6 +94,7 @@ class Scribe(tune.Callback):
     ) -> None:
         self.sweep, self.store, self.tracker, self.watcher = sweep, store, tracker, watcher
         self.outcome, self.todo = outcome, todo
+        self.shelf = Shelf(store.path)
         self.hashes = {name: arrays.checksum() for name, arrays in sets.items()}
         self.origin = provenance()
 
@@ -101,10 +108,12 @@ class Scribe(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Row, **_: Any) -> None:
         """Shows progress; books a trial that has ended."""
         cell = self.todo[trial.config["cell"]]
-        tables = result.pop("tables", None)
-        if trial.last_result:
-            trial.last_result.pop("tables", None)  # or the driver would keep the rows of every trial
+        tables, content = result.pop("tables", None), result.pop("checkpoint", None)
+        for heavy in ("tables", "checkpoint"):  # or the driver would keep the last ones of every trial
+            (trial.last_result or {}).pop(heavy, None)
         self.watcher.round(cell, result["rounds_done"], result["accuracy"])
+        if content is not None:
+            self._keep(cell, result["rounds_done"], content)
         if tables is not None:
             told = json.loads(tables)
             self._book(cell, told["summary"], told["rounds"], told["clients"])
@@ -114,12 +123,23 @@ class Scribe(tune.Callback):
         why = str(trial.get_error() or "its process died").strip().splitlines()[-1][:500]
         self._book(self.todo[trial.config["cell"]], {"status": "failed", "reason": f"crashed: {why}"}, [], [])
 
+    def _keep(self, cell: Trial, round: int, content: bytes) -> None:
+        """Writes a checkpoint. One that can't be written is a worry for later: the one before it still stands."""
+        try:
+            self.shelf.put(trial_id(cell), round, content)
+        except OSError as error:
+            worry = f"no checkpoint could be written to {self.shelf.path}: {error.strerror or error}"
+            if worry not in self.outcome.problems:
+                self.outcome.problems.append(worry)
+
     def _book(self, cell: Trial, summary: Row, rounds: list[Row], clients: list[Row]) -> None:
         name = trial_id(cell)
         for row in rounds:
             row.update({kind: json.dumps(row[kind], sort_keys=True) for kind in ("up_kinds", "down_kinds")})
         row = self._row(cell, name, summary, rounds)
         self.store.commit(row, [{"trial_id": name, **r} for r in rounds], [{"trial_id": name, **c} for c in clients])
+        if not runs_again(row):
+            self.shelf.drop(name)
         if self.tracker is not None:
             self.tracker.add(row, rounds)
         self.outcome.done += row["status"] == "done"

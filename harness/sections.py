@@ -179,6 +179,7 @@ class Execution(Settings):
     gpus_per_host: Annotated[float, Field(ge=0)] = 0.0
     gpus_per_server: Annotated[float, Field(ge=0)] = 0.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint_every: Annotated[int, Field(ge=0, le=2**31 - 1)] = 25  # rounds; 0: a trial that is cut off starts over
     parallel: Annotated[int, Field(ge=0, le=10**5)] = 0  # trials at once; 0: what fits
     address: Text = ""  # of a Ray cluster, or "auto"; empty: start one here
     data: Text = ""  # folder of the data sets

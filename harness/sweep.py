@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -9,8 +10,9 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
 from ray import tune
@@ -21,13 +23,14 @@ from harness.config import Execution, Trial, trial_id
 from harness.data import Arrays, card, load
 from harness.record import Store
 from harness.refusal import Refused
-from harness.scribe import Outcome, Scribe, Watcher, command_of
+from harness.scribe import Outcome, Scribe, Watcher, command_of, runs_again
 from harness.tracking import Tracker
 from harness.trial import FederatedTrial, device_of
 from harness.work import make_setup
 
 __all__ = ["Outcome", "Watcher", "command_of", "run"]
 KNOCK_S = 5.0
+_LOCKS: dict[Path, IO[str]] = {}
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the tables are ours
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep, and the next command goes on
@@ -54,6 +57,7 @@ def run(sweep: Sweep, results: Path, watcher: Watcher) -> Outcome:
         outcome = Outcome(results, already=len(sweep.cells) - len(todo))
         sets = _check_data(todo, how)
         store = Store(results)
+        _own(results)
         tracker = Tracker(None, sweep.name, results) if how.mlflow else None
         watcher.begin(todo, outcome.already)
         if todo:
@@ -62,19 +66,31 @@ def run(sweep: Sweep, results: Path, watcher: Watcher) -> Outcome:
     finally:
         if mine and ray.is_initialized():
             ray.shutdown()
+        if results in _LOCKS:
+            _LOCKS.pop(results).close()
         problems = tracker.close() if tracker is not None else []
     outcome.problems += problems
     return outcome
 
 
+def _own(results: Path) -> None:
+    """Takes the folder for this process, until it ends however it ends. Raises Refused if another one has it."""
+    file = (results / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise Refused(f"results folder {results} is in use by {file.read().strip() or 'another process'}") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
+    file.flush()
+    _LOCKS[results] = file  # open files hold the lock
+
+
 def _over(results: Path) -> set[str]:
     """The trials that need no other run. What is there is only read."""
     rows = Store(results, writable=False).rows("trials") if results.exists() else []
-    return {row["trial_id"] for row in rows if not _again(row)}
-
-
-def _again(row: Mapping[str, Any]) -> bool:
-    return row["status"] == "failed" and not str(row["reason"]).startswith("diverged")
+    return {row["trial_id"] for row in rows if not runs_again(row)}
 
 
 def _check_data(cells: Sequence[Trial], how: Execution) -> dict[str, Arrays]:
@@ -95,6 +111,17 @@ def _deal(cell: Trial) -> list[Any]:
 
 def _traces(cells: Sequence[Trial]) -> set[tuple[str, int]]:
     return {(cell.availability.trace, cell.clients) for cell in cells if cell.availability.trace}
+
+
+def _resume(cells: Sequence[Trial], scribe: Scribe) -> dict[int, Any]:
+    """References of the checkpoints that cells can go on from, by the cell's number."""
+    found = {}
+    for number, cell in enumerate(cells):
+        content, warnings = scribe.shelf.latest(trial_id(cell))
+        scribe.outcome.problems += warnings
+        if content is not None:
+            found[number] = ray.put(content)
+    return found
 
 
 def _machine() -> dict[str, float]:
@@ -153,8 +180,10 @@ def _tune(sweep: Sweep, todo: Sequence[Trial], sets: Mapping[str, Arrays], scrib
         "cells": [cell.model_dump_json() for cell in todo],
         "execution": how.model_dump(mode="json"),
         "arrays": {name: ray.put(arrays) for name, arrays in sets.items()},
+        "resume": _resume(todo, scribe),
         "traces": {path: read_trace(path, clients)[0] for path, clients in _traces(todo)},
     }
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that fails is a row with a reason
     room = tune.PlacementGroupFactory(_bundles(how))
     scratch = tempfile.mkdtemp(prefix="fedstill-")  # Tune's own state is disposable
     try:

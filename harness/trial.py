@@ -15,6 +15,7 @@ import torch
 from ray import tune
 
 from harness import config
+from harness.checkpoint import pack, unpack
 from harness.data import Arrays
 from harness.host import InlinePool
 from harness.pool import RayPool
@@ -32,7 +33,9 @@ class FederatedTrial(tune.Trainable):
     server: Server | None
 
     def setup(self, chosen: dict[str, Any], data: dict[str, Any] | None = None) -> None:
-        """Begins the first cell. data: "cells", "execution" and, by data set, the references of the "arrays"."""
+        """Begins the first cell. data: "cells", "execution", "traces", and references: of "arrays" by data
+        set, and of checkpoints to "resume" from by cell.
+        """
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
         self.data: dict[str, Any] = data or {}
@@ -47,11 +50,12 @@ class FederatedTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Some rounds. The last result of a cell carries its tables."""
-        until = time.monotonic() + REPORT_S
+        until, content = time.monotonic() + REPORT_S, None
         try:
             running = self._server()
-            while not running.done and time.monotonic() < until:
+            while not running.done and content is None and time.monotonic() < until:
                 running.step()
+                content = self._checkpoint(running)
         except Exception as error:  # a failure is a row, not a hole
             self.failure = reason(error)
         server = self.server
@@ -59,7 +63,16 @@ class FederatedTrial(tune.Trainable):
         rows = server.rounds if server is not None else []
         seen = (row["accuracy"] for row in reversed(rows) if row["role"] == rows[0]["role"] and "accuracy" in row)
         result = {"rounds_done": server.round if server else 0, "accuracy": next(seen, None), "done": ended}
-        return {**result, "tables": self._tables()} if ended else result
+        if ended:
+            return {**result, "tables": self._tables()}
+        return result if content is None else {**result, "checkpoint": content}
+
+    def _checkpoint(self, server: Server) -> bytes | None:
+        """What the driver should write down now, if this is a round for it."""
+        every = self.execution.checkpoint_every
+        if not every or server.done or server.round % every:
+            return None
+        return pack({"server": server.snapshot(), "seconds": time.monotonic() - self.clock})
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Tune's own checkpoints are not used: what is done is known from the tables."""
@@ -69,6 +82,7 @@ class FederatedTrial(tune.Trainable):
 
     def _begin(self, chosen: dict[str, Any]) -> None:
         self.started, self.clock = time.time(), time.monotonic()
+        self.resume = self.data["resume"].get(chosen["cell"])
         self.failure = None
         self.server = None
         self.skew: dict[str, Any] = {}
@@ -99,6 +113,10 @@ class FederatedTrial(tune.Trainable):
             here = "cuda" if device == "cuda" and (how.gpus_per_server or not how.hosts) else "cpu"
             pool: Pool = self.hosts or self.inline  # type: ignore[assignment]
             self.server = Server(setup, pool, here, mixes)
+            if self.resume is not None:
+                kept = unpack(ray.get(self.resume))
+                self.server.restore(kept["server"])
+                self.clock -= kept["seconds"]
         return self.server
 
     def _proxy(self, trial: config.Trial) -> Arrays | None:
