@@ -70,19 +70,10 @@ class Optimizer:
         It is fresh, unless Adam is given the moments of an earlier one, which it updates in place.
         """
         if self.kind == "adam":
-            flat = torch.nn.Parameter(weights.vector)
-            flat.grad = weights.gradient
-            adam = torch.optim.Adam([flat], self.lr, self.betas, weight_decay=self.weight_decay, foreach=False)
-            if moments is not None:
-                zeros = {name: torch.zeros_like(weights.vector) for name in ("exp_avg", "exp_avg_sq")}
-                moments.update({"step": torch.zeros(()), **zeros, **moments})
-                adam.state[flat] = moments
-
-            def step(factor: float) -> None:
-                adam.param_groups[0]["lr"] = self.lr * factor
-                adam.step()
-
-            return step
+            zeros = {name: torch.zeros_like(weights.vector) for name in ("exp_avg", "exp_avg_sq")}
+            kept = {} if moments is None else moments
+            kept.update({"step": torch.zeros(()), **zeros, **kept})
+            return lambda factor: self._adapt(weights.vector, weights.gradient, kept, factor)
         velocity = torch.zeros_like(weights.vector) if self.momentum else None
         return lambda factor: self._descend(weights.vector, weights.gradient, velocity, factor)
 
@@ -95,6 +86,18 @@ class Optimizer:
             if velocity is not None:
                 g = velocity.mul_(self.momentum).add_(g)
             w.add_(g, alpha=-self.lr * factor)
+
+    def _adapt(self, w: Tensor, g: Tensor, kept: Tree, factor: float) -> None:
+        """Adam as torch.optim has it, bit for bit; importing that would take seconds in every new process."""
+        with torch.no_grad():
+            if self.weight_decay:
+                g.add_(w, alpha=self.weight_decay)
+            kept["step"] += 1
+            (beta1, beta2), t = self.betas, float(kept["step"])
+            kept["exp_avg"].lerp_(g, 1 - beta1)
+            kept["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            spread = (kept["exp_avg_sq"].sqrt() / (1 - beta2**t) ** 0.5).add_(1e-8)
+            w.addcdiv_(kept["exp_avg"], spread, value=-self.lr * factor / (1 - beta1**t))
 
 
 @dataclass(frozen=True)
