@@ -125,7 +125,8 @@ class Store:
 
         Raises Refused naming the file that is damaged.
         """
-        return self._table(table).to_pandas()
+        frame: pd.DataFrame = self._table(table).to_pandas()
+        return frame
 
     def _table(self, table: TableName, trial_id: str | None = None) -> pa.Table:
         own = self.path / table / f"{trial_id}.parquet"

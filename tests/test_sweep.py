@@ -163,7 +163,7 @@ def test_only_the_driver_writes(done: Done, tmp_path: Path, diary: Any, monkeypa
     monkeypatch.setattr(Store, "commit", lambda _, row, rounds, clients: written.append(row["trial_id"]))
     outcome = sweep.run(axes.load_sweep(done.card, ["mlflow=false", "seed=0", "alpha=3.0"]), tmp_path / "r", diary)
     assert (len(written), outcome.done) == (2, 2)
-    assert [path for path in (tmp_path / "r").rglob("*") if path.is_file()] == []
+    assert list((tmp_path / "r").rglob("*.parquet")) == []
     scribe = sweep.Scribe(done.planned, Store(done.results), None, diary, outcome, [], {})
     assert not isinstance(pickle.loads(pickle.dumps(scribe)), sweep.Scribe)
 
