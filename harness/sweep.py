@@ -96,6 +96,8 @@ def _over(results: Path) -> set[str]:
 def _check_data(cells: Sequence[Trial], how: Execution) -> dict[str, Arrays]:
     """The data sets of the cells; also deals them out once per setting, so that impossible ones are refused here."""
     folder = Path(how.data) if how.data else None
+    if folder is not None and not folder.is_dir():
+        raise Refused(f"execution.data = {how.data!r} is not a folder: give the one that the data sets lie in")
     wanted = [name for cell in cells for name in (cell.dataset, cell.proxy.source)]
     sets = {name: load(card(name), folder) for name in dict.fromkeys(wanted) if name not in ("none", "train")}
     settings = {json.dumps([cell.dataset, *_deal(cell)]): cell for cell in reversed(cells)}

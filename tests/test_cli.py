@@ -137,6 +137,7 @@ MISUSE = [
     ("--version", "No such option"),
     # results that are not there
     ("board results", "there is no results folder results", "fedstill sweep"),
+    ("run fedavg execution.data=nowhere", "execution.data = 'nowhere' is not a folder"),
 ]
 
 
