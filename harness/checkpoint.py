@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,6 +18,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+
+from harness.durable import write
 
 KEPT = 2  # files per trial
 FORMAT = 1
@@ -84,17 +85,7 @@ class Shelf:
         folder = self.path / trial_id
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"round-{round:06d}-{hashlib.sha256(content).hexdigest()}.safetensors"
-        draft = folder / f".{target.name}"
-        try:
-            with draft.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(target)
-        except OSError:
-            with suppress(OSError):
-                draft.unlink()
-            raise
+        write(target, content)
         for old in self._files(trial_id)[KEPT:]:
             old.unlink(missing_ok=True)
 

@@ -7,7 +7,6 @@ readers leave out the rounds and clients of trials without one. `results/README.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import subprocess
@@ -24,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from harness import __version__
+from harness.durable import write
 from harness.refusal import Refused
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Store:
         (self.path / "trials" / f"{trial_id}.parquet").unlink(missing_ok=True)
         tables: dict[TableName, Sequence[Row]] = {"rounds": rounds, "clients": clients, "trials": [trial]}
         for table, rows in tables.items():
-            _write(self.path / table / f"{trial_id}.parquet", _encode(SCHEMAS[table], rows))
+            write(self.path / table / f"{trial_id}.parquet", _encode(SCHEMAS[table], rows))
 
     def finished(self) -> dict[str, str]:
         """Status (done, failed, stopped) of every trial that has a row, by trial id."""
@@ -169,26 +169,6 @@ def _extra_type(name: str) -> pa.DataType | None:
     if "_rounds_to_" in name or "_bytes_to_" in name:
         return pa.int64()
     return pa.float64() if "_accuracy_" in name else None
-
-
-def _write(target: Path, content: pa.Buffer) -> None:
-    """Complete or absent: readers skip the dot-file, and the rename happens once the bytes are on the disk."""
-    draft = target.with_name(f".{target.stem}.draft")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink()
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _load(file: Path) -> pa.Table:
