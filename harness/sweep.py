@@ -17,6 +17,7 @@ from typing import IO, Any
 import ray
 from ray import tune
 
+from harness import cluster
 from harness.axes import Sweep
 from harness.cohorts import read_trace
 from harness.config import Execution, Trial, trial_id
@@ -25,20 +26,11 @@ from harness.record import Store
 from harness.refusal import Refused
 from harness.scribe import Outcome, Scribe, Watcher, command_of, runs_again
 from harness.tracking import Tracker
-from harness.trial import FederatedTrial, device_of
+from harness.trial import FederatedTrial
 from harness.work import make_setup
 
 __all__ = ["Outcome", "Watcher", "command_of", "run"]
-KNOCK_S = 5.0
 _LOCKS: dict[Path, IO[str]] = {}
-ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the tables are ours
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep, and the next command goes on
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent home
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 
 
 def run(sweep: Sweep, results: Path, watcher: Watcher) -> Outcome:
@@ -50,8 +42,8 @@ def run(sweep: Sweep, results: Path, watcher: Watcher) -> Outcome:
     how, mine, tracker = sweep.execution, not ray.is_initialized(), None
     try:
         if mine and how.address:
-            _start_ray(how)
-        _check_room(how, ray.cluster_resources() if ray.is_initialized() else _machine())
+            cluster.start(how)
+        cluster.check_room(how, ray.cluster_resources() if ray.is_initialized() else cluster.machine())
         over = _over(results)
         todo = [cell for cell in sweep.cells if trial_id(cell) not in over]
         outcome = Outcome(results, already=len(sweep.cells) - len(todo))
@@ -61,7 +53,7 @@ def run(sweep: Sweep, results: Path, watcher: Watcher) -> Outcome:
         tracker = Tracker(None, sweep.name, results) if how.mlflow else None
         watcher.begin(todo, outcome.already)
         if todo:
-            _start_ray(how)
+            cluster.start(how)
             _tune(sweep, todo, sets, Scribe(sweep, store, tracker, watcher, outcome, todo, sets))
     finally:
         if mine and ray.is_initialized():
@@ -126,56 +118,6 @@ def _resume(cells: Sequence[Trial], scribe: Scribe) -> dict[int, Any]:
     return found
 
 
-def _machine() -> dict[str, float]:
-    """What a local Ray would find here."""
-    import torch
-
-    return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
-
-
-def _bundles(how: Execution) -> list[dict[str, float]]:
-    """The resources of a trial's server and hosts. Without hosts the server trains, and has their share of a GPU."""
-    server_gpus = how.gpus_per_server or (0.0 if how.hosts else how.gpus_per_host)
-    server = {"CPU": how.server_cpus, "GPU": server_gpus}
-    host = {"CPU": how.cpus_per_host, "GPU": how.gpus_per_host}
-    return [{k: v for k, v in b.items() if v or k == "CPU"} for b in [server, *[host] * how.hosts]]
-
-
-def _check_room(how: Execution, supply: Mapping[str, float]) -> None:
-    """Refuses what could never be placed: Ray would wait for ever without a word."""
-    bundles = _bundles(how)
-    for kind in ("CPU", "GPU"):
-        demand, there = sum(b.get(kind, 0.0) for b in bundles), supply.get(kind, 0.0)
-        if demand > there + 1e-9:
-            raise Refused(
-                f"a trial needs {demand:g} {kind}s ({how.hosts} hosts and a server), but there are {there:g}: lower "
-                f"execution.hosts or the {kind.lower()}s_per_host and {kind.lower()}s_per_server"
-            )
-    if device_of(how) == "cuda" and not any(b.get("GPU") for b in bundles):
-        raise Refused("execution.device = 'cuda' needs gpus_per_host (or gpus_per_server) greater than 0")
-
-
-def _start_ray(how: Execution) -> None:
-    """Starts or finds Ray, if that was not done before."""
-    os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
-    if ray.is_initialized():
-        return
-    where: dict[str, Any] = {"address": how.address} if how.address else {"include_dashboard": False}
-    try:
-        _knock(how.address)
-        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError) as error:
-        raise Refused(f"no Ray cluster at execution.address = {how.address!r}: {error}") from None
-    _check_room(how, ray.cluster_resources())
-
-
-def _knock(address: str) -> None:
-    """Raises an OSError at once where nobody listens: Ray would try for minutes, then kill this process."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
-
-
 def _tune(sweep: Sweep, todo: Sequence[Trial], sets: Mapping[str, Arrays], scribe: Scribe) -> None:
     how = sweep.execution
     data = {
@@ -186,7 +128,7 @@ def _tune(sweep: Sweep, todo: Sequence[Trial], sets: Mapping[str, Arrays], scrib
         "traces": {path: read_trace(path, clients)[0] for path, clients in _traces(todo)},
     }
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that fails is a row with a reason
-    room = tune.PlacementGroupFactory(_bundles(how))
+    room = tune.PlacementGroupFactory(cluster.bundles(how))
     scratch = tempfile.mkdtemp(prefix="fedstill-")  # Tune's own state is disposable
     try:
         tune.Tuner(

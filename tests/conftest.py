@@ -247,9 +247,9 @@ def cluster() -> Iterator[None]:
 
     import ray
 
-    from harness import sweep
+    from harness.cluster import ENVIRONMENT
 
-    os.environ.update(sweep.ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

@@ -20,9 +20,10 @@ METHODS = sorted(p for p in (ROOT / "algorithms").glob("*.py") if p.name != "__i
 ORDER = """
     refusal durable trees losses mixes layers zoo nets protocol descent peers registry cards settings sections cohorts
     config overrides axes formats text sources data deals partitions batches fit evaluate work host books checkpoint
-    server pool trial record tracking scribe sweep plots board progress catalogue watch rig probes check show cli
+    server pool trial cluster record tracking scribe sweep plots board progress catalogue watch rig probes check show
+    cli
 """.split()  # noqa: SIM905
-ONLY_IN = {"ray": {"pool", "trial", "scribe", "sweep"}, "pyarrow": {"record"}, "mlflow": {"tracking"}}
+ONLY_IN = {"ray": {"pool", "trial", "cluster", "scribe", "sweep"}, "pyarrow": {"record"}, "mlflow": {"tracking"}}
 LAZY = {"sklearn", "torchvision", "matplotlib", "mlflow", "PIL"}  # slow: imported inside functions
 TORCH_FREE = ("refusal", "durable", "cards", "record", "tracking", "plots", "board")
 FOR_METHODS = {
