@@ -50,6 +50,8 @@ def ready(x: Tensor, about: Card) -> Tensor:
 
 def rotate(x: Tensor, degrees: float) -> Tensor:
     """Every image of x [B, C, H, W] turned about its centre, bilinear, with the edge's values beyond the edge."""
+    if not len(x):  # torch makes no grid for no images
+        return x
     angle = math.radians(degrees)
     turn = torch.tensor([[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]])
     grid = F.affine_grid(turn.to(x).expand(len(x), 2, 3), list(x.shape), align_corners=False)

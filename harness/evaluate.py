@@ -92,6 +92,14 @@ def metrics(counts: Counts, tail: Mask) -> dict[str, Any]:
     }
 
 
+def validated(counts: Counts) -> dict[str, float]:
+    """Those of a model on validation rows. Without any rows there are none, and the result is empty."""
+    if not counts.rows.sum():
+        return {}
+    found = metrics(counts, np.zeros(len(counts.rows), dtype=bool))
+    return {f"validation_{name}": found[name] for name in ("accuracy", "balanced_accuracy", "loss")}
+
+
 def recall_of(counts: Counts) -> Vector:
     """Recall of each class [C]; NaN for classes without rows."""
     return np.divide(counts.hits, counts.rows, out=np.full_like(counts.rows, np.nan), where=counts.rows > 0)

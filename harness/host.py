@@ -80,23 +80,35 @@ class ClientHost:
         return report, payload, after
 
     def score(self, what: Shard | Personal, params: Tree | Parcel) -> Counts:
-        """Counts of a model on a slice of the test set, or of a client's own on its own test rows."""
+        """Counts of a model on a slice of what it is measured on, or of a client's own on the client's own rows."""
         if isinstance(what, Personal):
             net = self.world.net(what.net)
             own = self.method.keeps(net, self._tree(params))
             if own is None:
                 raise RuntimeError('a method that needs "private_test" must define what a client keeps')
-            rows = self._rows(what.visit.client, self.setup.split.test)
+            rows = self._rows(what.visit.client, getattr(self.setup.split, what.of))
             return count_logits(net.frozen(own, rows.x), rows.y)
         if what.model not in self._opened:
             self._opened[what.model] = self._tree(params)
-        part = slice(what.start, what.stop)
-        index = self.domains[what.domain][part] if what.domain else part
-        x = ready(self.x_test[index], self.card)
+        x, y = self._shard(what)
         members = list(self._opened[what.model].values())
         said = [self.world.net(name).frozen(p, x) for name, p in zip(what.nets, members, strict=True)]
         logits = said[0] if len(said) == 1 else torch.stack(said).mean(0)
-        return count_logits(logits, self.y_test[index])
+        return count_logits(logits, y)
+
+    def _shard(self, what: Shard) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and labels of a slice. Validation rows come client by client, each as its client sees it."""
+        part = slice(what.start, what.stop)
+        if what.of == "test":
+            index = self.domains[what.domain][part] if what.domain else part
+            return ready(self.x_test[index], self.card), self.y_test[index]
+        held = self.setup.split.validation
+        ends = np.cumsum([len(own) for own in held])
+        first, last = np.searchsorted(ends, [what.start, what.stop - 1], side="right")
+        rows = [self._rows(client, held) for client in range(first, last + 1)]
+        skip = what.start - int(ends[first]) + len(held[first])
+        part = slice(skip, skip + what.stop - what.start)
+        return torch.cat([own.x for own in rows])[part], torch.cat([own.y for own in rows])[part]
 
     def _bench(self, order: Order) -> Workbench:
         client = order.visit.client

@@ -61,7 +61,8 @@ SCHEMAS: dict[TableName, pa.Schema] = {
         text="trial_id role up_kinds down_kinds",
         whole="round up_bytes down_bytes steps server_steps samples",
         real="accuracy balanced_accuracy macro_f1 worst_recall tail_recall loss ece own_label_accuracy "
-        "own_label_worst_decile own_label_std seconds server_seconds train_loss",
+        "own_label_worst_decile own_label_std seconds server_seconds train_loss "
+        "validation_accuracy validation_balanced_accuracy validation_loss",
         lists="recall",
     ),
     "clients": _schema(
@@ -188,9 +189,9 @@ def headline(rounds: Iterable[Row], targets: Sequence[float] = ()) -> dict[str, 
 
     For each role, over its evaluated rounds: `<role>_accuracy_last10` (mean over the last 10 rounds up to the last
     evaluated one; those of them that were evaluated), `_last`, `_best`, `_auc` (trapezoid over the rounds, divided
-    by their span), `<role>_{balanced,own_label}_accuracy_last10`, and for each target t (a fraction)
-    `<role>_rounds_to_<t>` (rounds trained when accuracy first reached t) and `<role>_bytes_to_<t>` (bytes up and
-    down of all roles until the end of that round).
+    by their span), `<role>_{balanced,own_label}_accuracy_last10`, `<role>_validation_accuracy_last10` where there
+    are validation rows, and for each target t (a fraction) `<role>_rounds_to_<t>` (rounds trained when accuracy first
+    reached t) and `<role>_bytes_to_<t>` (bytes up and down of all roles until the end of that round).
     """
     rows = sorted(rounds, key=lambda row: int(row["round"]))
     columns: dict[str, float | int | None] = {}
@@ -205,6 +206,8 @@ def headline(rounds: Iterable[Row], targets: Sequence[float] = ()) -> dict[str, 
             f"{role}_balanced_accuracy_last10": _last_mean(_curve(own, "balanced_accuracy")),
             f"{role}_own_label_accuracy_last10": _last_mean(_curve(own, "own_label_accuracy")),
         }
+        if (held := _last_mean(_curve(own, "validation_accuracy"))) is not None:
+            columns[f"{role}_validation_accuracy_last10"] = held
         for target in targets:
             hit = next((at for at, value in curve if value >= target), None)
             spent = None if hit is None else sum(_traffic(row) for row in rows if int(row["round"]) <= hit)

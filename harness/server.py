@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, reduce
 from operator import add
 from typing import Any
@@ -19,7 +20,7 @@ from harness import registry
 from harness.batches import Rows
 from harness.books import Cost, Row, bytes_down, client_row, lost, merge_costs, merge_counts
 from harness.cohorts import Roster, draw_cohort, draw_roster
-from harness.evaluate import Counts, Vector, metrics, own_label_metrics, recall_of, spread, tail_classes
+from harness.evaluate import Counts, Vector, metrics, own_label_metrics, recall_of, spread, tail_classes, validated
 from harness.fit import Workbench
 from harness.protocol import Ensemble, Role, State, Update, Visit
 from harness.trees import Tree, finite, stream, to
@@ -28,6 +29,14 @@ from harness.work import Order, Personal, Pool, Report, Setup, Shard, make_world
 
 class Diverged(RuntimeError):
     """A number that is not finite where training needs one. A result, not a crash."""
+
+
+@dataclass(frozen=True)
+class Tickets:
+    """The pieces of one model's evaluation that are under way."""
+
+    test: list[Any] = field(default_factory=list)
+    validation: list[Any] = field(default_factory=list)
 
 
 class Server:
@@ -157,33 +166,37 @@ class Server:
         key = (self.trial.seed, "server", self.round)
         return Workbench(key, self.device, zeros, {"proxy": proxy}, self.world, round=self.round)
 
-    def _score(self, models: Mapping[str, Members]) -> dict[str, list[Any]]:
+    def _score(self, models: Mapping[str, Members]) -> dict[str, Tickets]:
         """Sends the evaluation off, in shards whose size does not depend on the number of hosts.
 
         With several domains there is also a row MODEL@DOMAIN for each, from the same shards.
         """
-        tickets: dict[str, list[Any]] = {}
+        tickets: dict[str, Tickets] = {}
         size, domains = self.trial.evaluation.batch, self.setup.domains
         rows = {name: len(own) for name, own in domains.items()} or {"": len(self.setup.arrays.y_test)}
+        held = sum(len(own) for own in self.setup.split.validation)
         for name, members in models.items():
             sent = self.pool.put({str(i): params for i, (_, params) in enumerate(members)})
             nets, key = tuple(net for net, _ in members), f"model/{self.round}/{name}"
-            tickets[name] = []
+            validation = [Shard(nets, key, at, min(at + size, held), "", "validation") for at in range(0, held, size)]
+            tickets[name] = Tickets(validation=[self.pool.score(shard, sent) for shard in validation])
             for domain, n in rows.items():
                 shards = [Shard(nets, key, at, min(at + size, n), domain) for at in range(0, n, size)]
                 own = [self.pool.score(shard, sent) for shard in shards]
-                tickets[name] += own
+                tickets[name].test.extend(own)
                 if domain:
-                    tickets[f"{name}@{domain}"] = own
+                    tickets[f"{name}@{domain}"] = Tickets(own)
         return tickets
 
-    def _score_personal(self) -> dict[str, list[Any]]:
-        """The same for the models of all clients that were ever visited, each on its own test rows."""
-        tickets: dict[str, list[Any]] = {name: [] for name in self._personal_names()}
+    def _score_personal(self) -> dict[str, Tickets]:
+        """The same for the models of all clients that were ever visited, each on its own rows."""
+        tickets = {name: Tickets() for name in self._personal_names()}
         for visit, memory in sorted(self.memories.items()) if tickets else ():
-            what = Personal(visit, self.roles[visit.role].net)
-            tickets[_personal(visit.role, self.roles)].append(self.pool.score(what, memory))
-        return {name: found for name, found in tickets.items() if found}
+            own, net = tickets[_personal(visit.role, self.roles)], self.roles[visit.role].net
+            own.test.append(self.pool.score(Personal(visit, net), memory))
+            if self.trial.holdout.validation:
+                own.validation.append(self.pool.score(Personal(visit, net, "validation"), memory))
+        return {name: found for name, found in tickets.items() if found.test}
 
     def _personal_names(self) -> list[str]:
         return [_personal(role, self.roles) for role in self.roles] if "private_test" in self.method.needs else []
@@ -192,7 +205,7 @@ class Server:
         self,
         round: int,
         names: Sequence[str],
-        tickets: dict[str, list[Any]],
+        tickets: Mapping[str, Tickets],
         costs: dict[str, Cost],
         server: Row,
         started: float,
@@ -216,10 +229,11 @@ class Server:
     def _row_of(self, role: str, names: Sequence[str]) -> str:
         return next((n for n in (role, _personal(role, self.roles)) if n in names), names[0])
 
-    def _metrics(self, name: str, tickets: list[Any]) -> Row:
-        counts: list[Counts] = [self.pool.counts(ticket) for ticket in tickets]
+    def _metrics(self, name: str, tickets: Tickets) -> Row:
+        counts: list[Counts] = [self.pool.counts(ticket) for ticket in tickets.test]
+        validation: list[Counts] = [self.pool.counts(ticket) for ticket in tickets.validation]
         total = reduce(add, counts)
-        found = metrics(total, self._tail)
+        found = metrics(total, self._tail) | (validated(reduce(add, validation)) if validation else {})
         if name in self._personal_names():
             return {**found, **spread(np.array([c.hits.sum() / c.rows.sum() for c in counts if c.rows.sum()]))}
         return {**found, **own_label_metrics(recall_of(total), self._mixes)}

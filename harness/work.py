@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from harness.protocol import Visit, World
 from harness.trees import Tree, numpy_stream
 
 Mixes = np.ndarray[Any, np.dtype[np.float64]]
+Held = Literal["test", "validation"]  # rows that models are measured on
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Shard:
-    """A slice of the test set to score, or of a domain's part of it.
+    """A slice of the test set to score, or of a domain's part of it, or of all clients' validation rows in a row.
 
     nets: of the members of the model, whose logits are averaged.
     """
@@ -79,14 +80,16 @@ class Shard:
     start: int
     stop: int
     domain: str = ""
+    of: Held = "test"
 
 
 @dataclass(frozen=True)
 class Personal:
-    """A client's own model to score on its own test rows."""
+    """A client's own model to score on its own test or validation rows."""
 
     visit: Visit
     net: str
+    of: Held = "test"
 
 
 Answer = tuple[Report, Tree, Tree]

@@ -30,7 +30,9 @@ clients = 6
 participation = 0.5
 rounds = 4
 net = "mlp"
+holdout = {{ validation = 0.2 }}
 local = {{ epochs = 1, batch = 32, lr = 0.1 }}
+evaluation = {{ batch = 100 }}
 [execution]
 mlflow = false
 parallel = 1
