@@ -77,6 +77,7 @@ class ClientHost:
             read_proxy=bench.read_proxy,
             extra=bench.steps,
         )
+        bench.sources = {}  # its rows refer back to it: without this, they would stay until Python looks for cycles
         return report, payload, after
 
     def score(self, what: Shard | Personal, params: Tree | Parcel) -> Counts:

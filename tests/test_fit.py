@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -313,3 +315,17 @@ def test_a_slow_client_does_a_share_of_the_batches() -> None:
 @pytest.mark.parametrize("how", [None, Augment(flip=True)])
 def test_a_client_without_rows_takes_no_step(how: Augment | None) -> None:
     assert visited(how, rows=0)[3] == []
+
+
+def test_a_visit_leaves_no_rows_behind(lab: Any) -> None:
+    """Without waiting for Python's search for cycles: the rows of a client can be as large as the data set."""
+    server = lab.server(lab.setup())
+    host, seen = server.pool.host, []
+    rows = host._rows
+    host._rows = lambda *given: [seen.append(weakref.ref(found := rows(*given))), found][1]
+    gc.disable()
+    try:
+        server.step()
+        assert len(seen) == 4 and not any(ref() for ref in seen)
+    finally:
+        gc.enable()
