@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
-from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, get_type_hints
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
-from harness import RULES_VERSION, cards, cohorts, nets, registry
+from harness import RULES_VERSION, cards, cohorts, hypers, nets, registry, schedule
+from harness.hypers import hyper_fields
 from harness.refusal import Refused, unknown
 from harness.sections import (
     Availability,
     Count,
     Evaluation,
     Execution,
+    Faults,
     Fleet,
     Holdout,
     Kind,
@@ -28,13 +28,15 @@ from harness.sections import (
     Share,
     Text,
 )
-from harness.settings import RULES, Settings, Unfit, check, unfit
+from harness.settings import Settings, Unfit, check
 
 Scalar: TypeAlias = bool | int | float | str | None
+LATER = ("faults", "schedule")
 __all__ = [
     "Availability",
     "Evaluation",
     "Execution",
+    "Faults",
     "Fleet",
     "Holdout",
     "Kind",
@@ -42,6 +44,7 @@ __all__ = [
     "Partition",
     "Proxy",
     "Trial",
+    "hyper_fields",
     "resolve",
 ]
 
@@ -66,6 +69,15 @@ class Trial(Settings):
     fleet: Fleet = Fleet()
     local: Local = Local()
     evaluation: Evaluation = Evaluation()
+    faults: Faults = Faults()
+    schedule: Annotated[tuple[Text, ...], Field(strict=False)] = ()  # changes on the way, see `harness.schedule`
+
+    def at(self, round: int) -> Trial:
+        """The trial as it stands in a round: with all changes up to then as its settings, and without a schedule."""
+        if not self.schedule:
+            return self
+        local, hyper = schedule.applied(self.schedule, round, self.local, self.hyper)
+        return self.model_copy(update={"local": local, "hyper": hyper, "schedule": ()})
 
 
 def resolve(raw: Mapping[str, Any]) -> Trial:
@@ -79,11 +91,13 @@ def resolve(raw: Mapping[str, Any]) -> Trial:
     settings = {"hyper": {}, **raw}
     trial = check(Trial, {k: v for k, v in settings.items() if k != "hyper"})
     method, source = _method(trial)
+    hyper = hypers.complete(method, settings["hyper"])
     whole = trial.model_copy(
         update={
             "method": method,
             "source": source,
-            "hyper": _hyper(method, settings["hyper"]),
+            "hyper": hyper,
+            "schedule": schedule.settled(trial.schedule, trial.rounds, trial.local, method, hyper),
             "net": _net(trial),
             "partition": trial.partition.canonical(),
             "availability": _availability(trial),
@@ -98,12 +112,16 @@ def resolve(raw: Mapping[str, Any]) -> Trial:
 def digest(trial: Trial) -> str:
     """sha256 (hex) of a resolved trial and the rules version: equal settings, equal digest, whatever their order.
 
-    A method given by path counts by name and content, so that a checkout may move.
+    A method given by path counts by name and content, so that a checkout may move. `LATER` settings count only where
+    they are set, so that the ids from before they were there hold.
     """
     settings = trial.model_dump(mode="json")
     if trial.source:
         settings["method"] = registry.label(trial.method)
     settings["availability"]["trace"] = ""  # its hash stands for it
+    for name in LATER:
+        if getattr(trial, name) == Trial.model_fields[name].default:
+            del settings[name]
     content = {"rules": RULES_VERSION, "trial": _one_zero(settings)}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -126,49 +144,6 @@ def _method(trial: Trial) -> tuple[str, str]:
     if trial.source not in ("", source):
         raise Unfit("method", f"the method file {path} is not the one of this trial any more: its content changed")
     return str(path), source
-
-
-@lru_cache
-def hyper_fields(method: str) -> dict[str, tuple[Any, Any]]:
-    """Name -> (annotation, default) of a method's hyper-parameters; the default is MISSING where there is none."""
-    algorithm = registry.load(method)
-    hints = get_type_hints(algorithm, include_extras=True)
-    defaults = {
-        f.name: f.default if f.default_factory is MISSING else f.default_factory()
-        for f in fields(algorithm)  # type: ignore[arg-type]
-    }
-    return {name: (hints[name], default) for name, default in defaults.items()}
-
-
-@lru_cache
-def _adapter(method: str, name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(hyper_fields(method)[name][0], config=RULES)
-
-
-def _hyper(method: str, given: object) -> dict[str, Any]:
-    """Every hyper-parameter of the method with its value, checked against its annotation and by the method itself."""
-    label = registry.label(method)
-    if not isinstance(given, Mapping):
-        raise Unfit("hyper", f"hyper must be a table of {label}'s hyper-parameters, got {given!r:.80}")
-    allowed = hyper_fields(method)
-    for name in given:
-        if name not in allowed:
-            raise Unfit(f"hyper.{name}", str(unknown(f"hyper-parameter of method {label}", str(name), allowed)))
-    values = {}
-    for name, (annotation, default) in allowed.items():
-        value = given.get(name, default)
-        if value is MISSING:
-            raise Unfit(f"hyper.{name}", f"method {label} needs a value for its hyper-parameter {name}")
-        try:
-            values[name] = _adapter(method, name).validate_python(tuple(value) if isinstance(value, list) else value)
-        except ValidationError as error:
-            what = f"{name} (hyper-parameter of method {label})"
-            raise unfit(f"hyper.{name}", error.errors(include_url=False)[0], annotation, what) from error
-    try:
-        registry.make(method, values)
-    except Refused as error:
-        raise Unfit("hyper", f"method {label}: {error}") from error
-    return values
 
 
 def _net(trial: Trial) -> str:

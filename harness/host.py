@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness import registry
 from harness.batches import Rows, ready, rotate
 from harness.data import Arrays, card
 from harness.evaluate import Counts, count_logits
@@ -19,7 +18,7 @@ from harness.nets import Net
 from harness.partitions import shift
 from harness.protocol import Inbox, Trained
 from harness.trees import Parcel, Tree, bytes_by_kind, finite, numpy_stream, to
-from harness.work import Answer, Order, Personal, Report, Setup, Shard, make_world, proxy_rows
+from harness.work import Answer, Order, Personal, Report, Setup, Shard, Stages, proxy_rows
 
 
 class ClientHost:
@@ -33,9 +32,8 @@ class ClientHost:
 
     def load(self, setup: Setup) -> None:
         """Begins a trial. Data that is on the device already stays there."""
-        self.setup, self.trial = setup, setup.trial
-        self.method = registry.make(setup.trial.method, setup.trial.hyper)
-        self.world = make_world(setup, self.method.needs)
+        self.setup, self.stages = setup, Stages(setup)
+        self._enter(0)
         self.card = card(setup.trial.dataset)
         if self._arrays is not setup.arrays:
             self._arrays = setup.arrays
@@ -53,6 +51,7 @@ class ClientHost:
     def visit(self, order: Order, parts: Sequence[Tree | Parcel], memory: Tree | Parcel | None) -> Answer:
         """One client's round: inbox and memory in, report, payload and next memory out."""
         started = time.perf_counter()
+        self._enter(order.round)
         net, received = self.world.net(order.net), self._inbox(order, parts)
         bench = self._bench(order)
         before = self._tree(self.method.remember(net, received, bench.rng("memory")) if memory is None else memory)
@@ -83,6 +82,7 @@ class ClientHost:
     def score(self, what: Shard | Personal, params: Tree | Parcel) -> Counts:
         """Counts of a model on a slice of what it is measured on, or of a client's own on the client's own rows."""
         if isinstance(what, Personal):
+            self._enter(what.round)
             net = self.world.net(what.net)
             own = self.method.keeps(net, self._tree(params))
             if own is None:
@@ -110,6 +110,11 @@ class ClientHost:
         skip = what.start - int(ends[first]) + len(held[first])
         part = slice(skip, skip + what.stop - what.start)
         return torch.cat([own.x for own in rows])[part], torch.cat([own.y for own in rows])[part]
+
+    def _enter(self, round: int) -> None:
+        """Takes the settings of a round; they may change on the way."""
+        now = self.stages.at(round)
+        self.trial, self.method, self.world = now.trial, now.method, now.world
 
     def _bench(self, order: Order) -> Workbench:
         client = order.visit.client

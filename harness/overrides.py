@@ -133,10 +133,11 @@ def _parse(text: str) -> Setting:
 
 def _split(text: str) -> list[str]:
     """The parts between commas that are outside quotes and brackets. A quote opens only where a value begins."""
-    pieces, depth, quote, last = [""], 0, "", ","
+    pieces, depth, quote, last, escaped = [""], 0, "", ",", False
     for letter in text:
         if quote:
-            quote = "" if letter == quote else quote
+            quote = "" if letter == quote and not escaped else quote
+            escaped = letter == "\\" and quote == '"' and not escaped
         elif letter in "\"'" and last in "[,":
             quote = letter
         else:

@@ -170,6 +170,14 @@ class Evaluation(Settings):
     targets: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = ()
 
 
+class Faults(Settings):
+    """What becomes of a trial when something goes wrong in a visit. What is skipped is an event, never silent."""
+
+    nonfinite: Literal["fail", "skip"] = "fail"  # an update that is not finite
+    client: Literal["fail", "skip"] = "fail"  # a visit that raised, hung, or lost its host time and again
+    empty_rounds: Annotated[int, Field(ge=0, le=2**31 - 1)] = 10  # in a row without an update: fails; 0: any number
+
+
 class Execution(Settings):
     """Where and how trials run. Never part of the hash: no setting here may change a number."""
 
@@ -181,6 +189,12 @@ class Execution(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: Annotated[int, Field(ge=0, le=2**31 - 1)] = 25  # rounds; 0: a trial that is cut off starts over
     parallel: Annotated[int, Field(ge=0, le=10**5)] = 0  # trials at once; 0: what fits
+    retries: Annotated[int, Field(ge=0, le=100)] = 1  # times that a trial whose process died is started again
+    host_retries: Annotated[int, Field(ge=0, le=100)] = 3  # times that work is given again after its host died
+    visit_timeout_s: Annotated[float, Field(ge=0)] = (
+        1800.0  # of a visit on a host, which then counts as hung; 0: none
+    )
+    allow_drift: bool = False  # go on from a checkpoint of other packages, threads or device
     address: Text = ""  # of a Ray cluster, or "auto"; empty: start one here
     data: Text = ""  # folder of the data sets
     mlflow: bool = True

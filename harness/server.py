@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness import registry
 from harness.batches import Rows
 from harness.books import Cost, Row, bytes_down, client_row, lost, merge_costs, merge_counts
 from harness.cohorts import Roster, draw_cohort, draw_roster
 from harness.evaluate import Counts, Vector, metrics, own_label_metrics, recall_of, spread, tail_classes, validated
 from harness.fit import Workbench
 from harness.protocol import Ensemble, Role, State, Update, Visit
+from harness.refusal import Refused
 from harness.trees import Tree, finite, stream, to
-from harness.work import Order, Personal, Pool, Report, Setup, Shard, make_world, proxy_rows
+from harness.work import Order, Personal, Pool, Report, Setup, Shard, Stages, proxy_rows
 
 
 class Diverged(RuntimeError):
@@ -47,9 +47,12 @@ class Server:
 
     def __init__(self, setup: Setup, pool: Pool, device: str = "cpu", mixes: Vector | None = None) -> None:
         self.setup, self.trial, self.pool, self.device = setup, setup.trial, pool, torch.device(device)
-        self.method = registry.make(self.trial.method, self.trial.hyper)
-        self.world = make_world(setup, self.method.needs)
+        self.stages = Stages(setup)
+        self._enter(0)
         self.roles = dict(self.method.roles(self.world))
+        for now in map(self.stages.at, self.stages.starts):
+            if dict(now.method.roles(now.world)) != self.roles:
+                raise Refused("schedule: a change may not make other roles, nets or cohorts than there were")
         self.state: State = to(self.method.init(self.world, stream(self.trial.seed, "init")), self.device)
         self.memories: dict[Visit, Any] = {}
         self.round = 0
@@ -71,6 +74,7 @@ class Server:
     def step(self) -> None:
         """One round. Its rows are booked when its evaluation is in, which is during the next round at the latest."""
         started = time.perf_counter()
+        self._enter(self.round)
         costs = {name: Cost() for name in self.roles}
         updates = self._train(self._roster(), costs)
         merging = time.perf_counter()
@@ -112,6 +116,11 @@ class Server:
         self.rounds, self.clients = list(snapshot["rounds"]), list(snapshot["clients"])
         self.proxy_holders = list(snapshot["proxy_holders"])
 
+    def _enter(self, round: int) -> None:
+        """Takes the method and the world of a round; their settings may change on the way."""
+        now = self.stages.at(round)
+        self.method, self.world, self._local = now.method, now.world, now.trial.local
+
     def _roster(self) -> Roster:
         trial, how = self.trial, self.trial.availability
         share, sizes, trace = trial.participation, self.world.sizes, self.setup.trace
@@ -123,7 +132,7 @@ class Server:
         broadcast = self.method.broadcast(self.state, roster.cohort, self.world)
         sent = {"shared": self.pool.put(broadcast.shared)}
         sent |= {f"role/{name}": self.pool.put(inbox) for name, inbox in broadcast.by_role.items()}
-        lr = self.trial.local.lr * self.trial.local.lr_decay**self.round
+        lr = self._local.lr * self._local.lr_decay**self.round
         tickets: dict[Visit, Any] = {}
         for visit in sorted(roster.cohort.visits, key=lambda v: -self.world.sizes[v.client]):  # longest work first
             if visit in roster.dropped:
@@ -193,9 +202,9 @@ class Server:
         tickets = {name: Tickets() for name in self._personal_names()}
         for visit, memory in sorted(self.memories.items()) if tickets else ():
             own, net = tickets[_personal(visit.role, self.roles)], self.roles[visit.role].net
-            own.test.append(self.pool.score(Personal(visit, net), memory))
+            own.test.append(self.pool.score(Personal(visit, net, self.round), memory))
             if self.trial.holdout.validation:
-                own.validation.append(self.pool.score(Personal(visit, net, "validation"), memory))
+                own.validation.append(self.pool.score(Personal(visit, net, self.round, "validation"), memory))
         return {name: found for name, found in tickets.items() if found.test}
 
     def _personal_names(self) -> list[str]:

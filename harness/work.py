@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
-from harness import registry
+from harness import registry, schedule
 from harness.batches import Rows, ready
 from harness.cohorts import Trace
 from harness.config import Trial
@@ -17,7 +18,7 @@ from harness.data import Arrays, Inputs, Labels, card
 from harness.evaluate import Counts
 from harness.nets import build
 from harness.partitions import Split, divide, halves
-from harness.protocol import Visit, World
+from harness.protocol import Algorithm, Visit, World
 from harness.trees import Tree, numpy_stream
 
 Mixes = np.ndarray[Any, np.dtype[np.float64]]
@@ -89,7 +90,36 @@ class Personal:
 
     visit: Visit
     net: str
+    round: int
     of: Held = "test"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A trial between two changes of its schedule: its settings, method and world as they are then."""
+
+    trial: Trial
+    method: Algorithm
+    world: World
+
+
+class Stages:
+    """The stages of a trial, each made once."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.starts = tuple(schedule.parse(text).round for text in setup.trial.schedule)
+        self._made: dict[int, Stage] = {}
+
+    def at(self, round: int) -> Stage:
+        """The one that a round belongs to."""
+        number = bisect_right(self.starts, round)
+        if number not in self._made:
+            trial = self.setup.trial.at(round)
+            method = registry.make(trial.method, trial.hyper)
+            world = make_world(replace(self.setup, trial=trial), method.needs)
+            self._made[number] = Stage(trial, method, world)
+        return self._made[number]
 
 
 Answer = tuple[Report, Tree, Tree]

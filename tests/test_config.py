@@ -116,6 +116,9 @@ OTHER_SETTINGS += [
     "every=2",
     "targets=[0.5]",
     "tail=0.2",
+    "nonfinite=skip",
+    "empty_rounds=3",
+    'schedule=["3 local.lr=0.5"]',
 ]
 
 
@@ -228,7 +231,17 @@ def test_the_order_of_keys_does_not_matter(rng: random.Random) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["hosts=3", "gpus_per_host=0.25", "device=cpu", "parallel=2", "data=/tmp/x", "mlflow=false", "address=auto"],
+    [
+        "hosts=3",
+        "gpus_per_host=0.25",
+        "device=cpu",
+        "parallel=2",
+        "data=/tmp/x",
+        "mlflow=false",
+        "address=auto",
+        "retries=0",
+        "visit_timeout_s=1",
+    ],
 )
 def test_execution_settings_do_not_matter(text: str) -> None:
     assert config.digest(one(text)) == config.digest(one())
@@ -354,6 +367,8 @@ def test_brackets_make_one_value_and_commas_make_an_axis() -> None:
         ("k= a , b ", ("a", "b")),
         ('k="a,b",c', ("a,b", "c")),
         ("k='[x]'", ("[x]",)),
+        (r'k=["a \"b, c\" d", e]', (['a "b, c" d', "e"],)),
+        (r'k="a\\",b', ("a\\", "b")),
         ("k=[a, 'b,c', 1]", (["a", "b,c", 1],)),
         ("k=/home/o'neil/x", ("/home/o'neil/x",)),
         ("k=a=b", ("a=b",)),
