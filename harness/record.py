@@ -1,7 +1,8 @@
-"""Parquet: the tables `trials`, `rounds` and `clients` of a results folder, and where a row comes from.
+"""Parquet: the tables `trials`, `rounds`, `clients` and `events` of a results folder, and where a row comes from.
 
-Every trial is one file per table. The file in `trials/` is written last, so its existence is what makes a cell done;
-readers leave out the rounds and clients of trials without one. `results/README.md` describes every column.
+Every trial is one file per table, with none in `events/` where nothing happened. The file in `trials/` is written
+last, so its existence is what makes a cell done; readers leave out the other tables' rows of trials without one.
+`results/README.md` describes every column.
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pyarrow as pa
@@ -30,9 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Row = Mapping[str, Any]
-TableName = Literal["trials", "rounds", "clients"]
+TableName = Literal["trials", "rounds", "clients", "events"]
 TABLES: tuple[TableName, ...] = get_args(TableName)
-WINDOW = 10  # rounds of the headline's mean
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pandas", "pyarrow", "mlflow")
 
 
@@ -51,7 +49,7 @@ def _schema(text: str, whole: str, real: str, flags: str = "", lists: str = "") 
 SCHEMAS: dict[TableName, pa.Schema] = {
     "trials": _schema(
         text="trial_id sweep status reason method dataset net config config_hash partition_hash data_hash commit "
-        "versions device command started",
+        "versions device command started stage drift search",
         whole="seed clients rules_version hosts threads rounds_done peak_memory_bytes up_bytes down_bytes steps "
         "server_steps samples",
         real="participation alpha partition_js partition_classes partition_size_cv seconds",
@@ -70,16 +68,18 @@ SCHEMAS: dict[TableName, pa.Schema] = {
         whole="round client samples steps up_bytes down_bytes",
         real="train_loss seconds",
     ),
+    "events": _schema(text="trial_id time kind detail", whole="round client", real=""),
 }
 ORDER: dict[TableName, tuple[str, ...]] = {
     "trials": ("trial_id",),
     "rounds": ("trial_id", "round", "role"),
     "clients": ("trial_id", "round", "client", "role"),
+    "events": ("trial_id", "time"),
 }
 
 
 class Store:
-    """The tables of one results folder: `<path>/{trials,rounds,clients}/*.parquet`. One writer, any readers.
+    """The tables of one results folder: `<path>/{trials,rounds,clients,events}/*.parquet`. One writer, any readers.
 
     writable: make the folders and prove that they can be written. Without it they stay as they are.
     Raises Refused if the path is no folder, can't be written, or leads out of its parent through a link.
@@ -92,12 +92,12 @@ class Store:
                 raise Refused(f"results folder {folder} is a link to {folder.resolve()}: give that folder itself")
             if folder.exists() and not folder.is_dir():
                 raise Refused(f"results folder {folder} is a file: give a folder, or a path that does not exist yet")
-            if writable:
+            if writable and (folder != self.path / "events" or folder.exists()):
                 _probe(folder)
         if not writable and not self.path.is_dir():
             raise Refused(f"there is no results folder {self.path}: `fedstill sweep CARD` makes one")
 
-    def commit(self, trial: Row, rounds: Sequence[Row], clients: Sequence[Row]) -> None:
+    def commit(self, trial: Row, rounds: Sequence[Row], clients: Sequence[Row], events: Sequence[Row] = ()) -> None:
         """Write one ended trial. Columns beyond the fixed ones are kept. A second call replaces the first.
 
         Raises OSError if a file can't be written; the trial then has no row, and no reader sees a part of it.
@@ -105,13 +105,16 @@ class Store:
         trial_id = str(trial["trial_id"])
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", trial_id):
             raise ValueError(f"a trial id names files: {trial_id!r} can't")
-        if strangers := {row["trial_id"] for row in (*rounds, *clients)} - {trial_id}:
+        if strangers := {row["trial_id"] for row in (*rounds, *clients, *events)} - {trial_id}:
             raise ValueError(f"rows of {sorted(strangers)} came with trial {trial_id}")
         # A retry takes the old row away first: at no moment does it stand beside rounds that are not its own.
         (self.path / "trials" / f"{trial_id}.parquet").unlink(missing_ok=True)
-        tables: dict[TableName, Sequence[Row]] = {"rounds": rounds, "clients": clients, "trials": [trial]}
-        for table, rows in tables.items():
-            write(self.path / table / f"{trial_id}.parquet", _encode(SCHEMAS[table], rows))
+        (self.path / "events" / f"{trial_id}.parquet").unlink(missing_ok=True)
+        tables: dict[TableName, Sequence[Row]] = {"rounds": rounds, "clients": clients, "events": events}
+        for table, rows in {**tables, "trials": [trial]}.items():
+            if rows or table != "events":
+                (self.path / table).mkdir(exist_ok=True)
+                write(self.path / table / f"{trial_id}.parquet", _encode(SCHEMAS[table], rows))
 
     def finished(self) -> dict[str, str]:
         """Status (done, failed, stopped) of every trial that has a row, by trial id."""
@@ -122,7 +125,7 @@ class Store:
         return list(self._table(table, trial_id).to_pylist())
 
     def read(self, table: TableName) -> pd.DataFrame:
-        """A table over all trials: the union of their columns, by trial_id, then round, then client and role.
+        """A table over all trials: the union of their columns, by trial_id, then as ORDER says.
 
         Raises Refused naming the file that is damaged.
         """
@@ -182,59 +185,6 @@ def _load(file: Path) -> pa.Table:
             f"{file} is damaged ({what}): delete it and its namesakes in {'/, '.join(TABLES)}/, "
             "then run the sweep again, which repeats that trial"
         ) from None
-
-
-def headline(rounds: Iterable[Row], targets: Sequence[float] = ()) -> dict[str, float | int | None]:
-    """The headline columns of a trial, from its rows of the table `rounds`; None where nothing was measured.
-
-    For each role, over its evaluated rounds: `<role>_accuracy_last10` (mean over the last 10 rounds up to the last
-    evaluated one; those of them that were evaluated), `_last`, `_best`, `_auc` (trapezoid over the rounds, divided
-    by their span), `<role>_{balanced,own_label}_accuracy_last10`, `<role>_validation_accuracy_last10` where there
-    are validation rows, and for each target t (a fraction) `<role>_rounds_to_<t>` (rounds trained when accuracy first
-    reached t) and `<role>_bytes_to_<t>` (bytes up and down of all roles until the end of that round).
-    """
-    rows = sorted(rounds, key=lambda row: int(row["round"]))
-    columns: dict[str, float | int | None] = {}
-    for role in dict.fromkeys(str(row["role"]) for row in rows):
-        own = [row for row in rows if row["role"] == role]
-        curve = _curve(own, "accuracy")
-        columns |= {
-            f"{role}_accuracy_last10": _last_mean(curve),
-            f"{role}_accuracy_last": curve[-1][1] if curve else None,
-            f"{role}_accuracy_best": max(value for _, value in curve) if curve else None,
-            f"{role}_accuracy_auc": _area(curve),
-            f"{role}_balanced_accuracy_last10": _last_mean(_curve(own, "balanced_accuracy")),
-            f"{role}_own_label_accuracy_last10": _last_mean(_curve(own, "own_label_accuracy")),
-        }
-        if (held := _last_mean(_curve(own, "validation_accuracy"))) is not None:
-            columns[f"{role}_validation_accuracy_last10"] = held
-        for target in targets:
-            hit = next((at for at, value in curve if value >= target), None)
-            spent = None if hit is None else sum(_traffic(row) for row in rows if int(row["round"]) <= hit)
-            columns[f"{role}_rounds_to_{target:g}"] = None if hit is None else hit + 1
-            columns[f"{role}_bytes_to_{target:g}"] = spent
-    return columns
-
-
-def _curve(rows: Iterable[Row], metric: str) -> list[tuple[int, float]]:
-    """(round, value) of the evaluated rounds; a value that is None or NaN (a null that passed pandas) was not."""
-    pairs = ((int(row["round"]), row.get(metric)) for row in rows)
-    return [(at, float(value)) for at, value in pairs if value is not None and value == value]
-
-
-def _last_mean(curve: Sequence[tuple[int, float]]) -> float | None:
-    return fmean(value for at, value in curve if at > curve[-1][0] - WINDOW) if curve else None
-
-
-def _area(curve: Sequence[tuple[int, float]]) -> float | None:
-    if len(curve) < 2:
-        return curve[0][1] if curve else None
-    area = sum((b - a) * (x + y) / 2 for (a, x), (b, y) in pairwise(curve))
-    return area / (curve[-1][0] - curve[0][0])
-
-
-def _traffic(row: Row) -> int:
-    return int(row["up_bytes"] or 0) + int(row["down_bytes"] or 0)
 
 
 def provenance() -> dict[str, str | bool | None]:

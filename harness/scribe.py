@@ -19,8 +19,9 @@ from harness.checkpoint import Shelf
 from harness.config import Trial, digest, hyper_fields, trial_id
 from harness.data import Arrays, card
 from harness.overrides import hyper_prefix
-from harness.record import Store, flatten, headline, provenance
+from harness.record import Store, flatten, provenance
 from harness.registry import label
+from harness.summary import headline
 from harness.tracking import Tracker
 
 Row = dict[str, Any]

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ray
 from ray import tune
 
-from harness import cluster
+from harness import cluster, lock
 from harness.axes import Sweep
 from harness.cohorts import read_trace
 from harness.config import Execution, Trial, trial_id
@@ -30,7 +26,6 @@ from harness.trial import FederatedTrial
 from harness.work import make_setup
 
 __all__ = ["Outcome", "Watcher", "command_of", "run"]
-_LOCKS: dict[Path, IO[str]] = {}
 
 
 def run(sweep: Sweep, results: Path, watcher: Watcher) -> Outcome:
@@ -49,7 +44,7 @@ def run(sweep: Sweep, results: Path, watcher: Watcher) -> Outcome:
         outcome = Outcome(results, already=len(sweep.cells) - len(todo))
         sets = _check_data(todo, how)
         store = Store(results)
-        _own(results)
+        lock.take(results)
         tracker = Tracker(None, sweep.name, results) if how.mlflow else None
         watcher.begin(todo, outcome.already)
         if todo:
@@ -58,25 +53,10 @@ def run(sweep: Sweep, results: Path, watcher: Watcher) -> Outcome:
     finally:
         if mine and ray.is_initialized():
             ray.shutdown()
-        if results in _LOCKS:
-            _LOCKS.pop(results).close()
         problems = tracker.close() if tracker is not None else []
+        lock.give_back(results)
     outcome.problems += problems
     return outcome
-
-
-def _own(results: Path) -> None:
-    """Takes the folder for this process, until it ends however it ends. Raises Refused if another one has it."""
-    file = (results / ".lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise Refused(f"results folder {results} is in use by {file.read().strip() or 'another process'}") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
-    file.flush()
-    _LOCKS[results] = file  # open files hold the lock
 
 
 def _over(results: Path) -> set[str]:

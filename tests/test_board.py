@@ -14,8 +14,9 @@ from scipy import stats
 from harness import board, plots
 from harness.board import METRICS, Cell, markdown, table, write
 from harness.plots import grouped, learning_curves, partition_heatmap
-from harness.record import Store, headline
+from harness.record import Store
 from harness.refusal import Refused
+from harness.summary import headline
 
 
 def commit(

@@ -18,14 +18,17 @@ METHODS = sorted(p for p in (ROOT / "algorithms").glob("*.py") if p.name != "__i
 
 # A module imports only those above it.
 ORDER = """
-    refusal durable trees losses mixes layers zoo nets protocol descent peers registry cards settings sections hypers
-    schedule cohorts config overrides axes formats text sources data deals partitions batches fit evaluate work host
-    books checkpoint server pool trial cluster record tracking scribe sweep plots board progress catalogue watch rig
-    probes check show cli
+    refusal durable lock
+    trees losses mixes layers zoo nets protocol descent peers
+    registry cards settings sections hypers schedule cohorts config overrides axes
+    formats text sources data deals partitions batches fit evaluate
+    work host books checkpoint server pool trial cluster
+    record summary tracking scribe sweep
+    plots board progress catalogue watch rig probes check show cli
 """.split()  # noqa: SIM905
 ONLY_IN = {"ray": {"pool", "trial", "cluster", "scribe", "sweep"}, "pyarrow": {"record"}, "mlflow": {"tracking"}}
 LAZY = {"sklearn", "torchvision", "matplotlib", "mlflow", "PIL"}  # slow: imported inside functions
-TORCH_FREE = ("refusal", "durable", "cards", "record", "tracking", "plots", "board")
+TORCH_FREE = ("refusal", "durable", "lock", "cards", "record", "summary", "tracking", "plots", "board")
 FOR_METHODS = {
     *("__future__", "abc", "collections", "dataclasses", "functools", "itertools", "math", "operator", "typing"),
     *("annotated_types", "torch"),

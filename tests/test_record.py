@@ -20,8 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import record
-from harness.record import SCHEMAS, TABLES, Store, flatten, headline, provenance
+from harness.record import SCHEMAS, TABLES, Store, flatten, provenance
 from harness.refusal import Refused
+from harness.summary import headline
 
 
 def trial_row(trial_id: str, **more: Any) -> dict[str, Any]:
@@ -44,9 +45,14 @@ def client_row(trial_id: str, at: int, client: int) -> dict[str, Any]:
     return {"trial_id": trial_id, "round": at, "client": client, "role": "global", "arch": "mlp", "steps": 3}
 
 
+def event_row(trial_id: str, second: int, kind: str = "host_lost", **more: Any) -> dict[str, Any]:
+    return {"trial_id": trial_id, "time": f"2025-01-01T00:00:{second:02}.000+00:00", "kind": kind} | more
+
+
 def commit(store: Store, trial_id: str, **more: Any) -> None:
     rounds = [round_row(trial_id, at) for at in (1, 0)]
-    store.commit(trial_row(trial_id, **more), rounds, [client_row(trial_id, 0, c) for c in (2, 1)])
+    clients = [client_row(trial_id, 0, c) for c in (2, 1)]
+    store.commit(trial_row(trial_id, **more), rounds, clients, [event_row(trial_id, 1, detail="gone", round=0)])
 
 
 def test_what_is_committed_is_read_back_in_order(tmp_path: Path) -> None:
@@ -58,9 +64,36 @@ def test_what_is_committed_is_read_back_in_order(tmp_path: Path) -> None:
     rounds = store.read("rounds")
     assert list(zip(rounds["trial_id"], rounds["round"], strict=True)) == [("aa", 0), ("aa", 1), ("bb", 0), ("bb", 1)]
     assert list(store.read("clients")["client"]) == [1, 2, 1, 2]
+    assert list(store.read("events")["detail"]) == ["gone", "gone"]
     assert list(rounds["recall"][0]) == [0.25, 0.75]
     assert store.rows("rounds", "bb") == [row for row in store.rows("rounds") if row["trial_id"] == "bb"]
     assert store.rows("rounds")[0]["loss"] is None
+
+
+def test_events_are_read_like_any_table_and_have_a_file_only_where_something_happened(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    for trial_id in ("bb", "aa"):
+        events = [event_row(trial_id, 2, "visit_hung", round=3, client=7), event_row(trial_id, 1)]
+        store.commit(trial_row(trial_id), [round_row(trial_id, 0)], [], events)
+    store.commit(trial_row("cc"), [round_row("cc", 0)], [])
+    assert not (tmp_path / "s" / "events" / "cc.parquet").exists()
+    found = store.rows("events")
+    assert [(row["trial_id"], row["kind"]) for row in found] == [
+        ("aa", "host_lost"),
+        ("aa", "visit_hung"),
+        ("bb", "host_lost"),
+        ("bb", "visit_hung"),
+    ]
+    assert (found[1]["round"], found[1]["client"], found[0]["client"], found[0]["detail"]) == (3, 7, None, None)
+    assert store.rows("events", "aa") == found[:2]
+    assert store.rows("events", "cc") == []
+    store.commit(trial_row("aa"), [round_row("aa", 0)], [])  # the second time nothing happened
+    assert store.rows("events") == found[2:]
+    assert not (tmp_path / "s" / "events" / "aa.parquet").exists()
+    (tmp_path / "s" / "trials" / "bb.parquet").unlink()
+    assert len(store.read("events")) == 0
+    with pytest.raises(ValueError, match="rows of"):
+        store.commit(trial_row("aa"), [], [], [event_row("bb", 0)])
 
 
 def test_an_empty_folder_reads_as_empty_tables_with_every_fixed_column(tmp_path: Path) -> None:
@@ -125,7 +158,7 @@ def test_a_failed_commit_leaves_no_row_and_nothing_that_is_read(
     store = Store(tmp_path / "s")
     commit(store, "aa")
     before = {name: store.rows(name) for name in TABLES}
-    written_before = ("rounds", "clients", "trials").index(table)
+    written_before = ("rounds", "clients", "events", "trials").index(table)
 
     def full(original: Callable[..., Any], per_file: int) -> Callable[..., Any]:
         count = itertools.count()
@@ -168,7 +201,7 @@ store.commit({trial_row("aa")!r}, [{round_row("aa", 0)!r}], [])
     assert store.finished() == {}
     assert len(store.read("rounds")) == 0
     commit(store, "aa")
-    assert [len(store.read(table)) for table in TABLES] == [1, 2, 2]
+    assert [len(store.read(table)) for table in TABLES] == [1, 2, 2, 1]
     assert list((tmp_path / "s").rglob(".*")) == []
 
 

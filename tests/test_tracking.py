@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from harness import tracking
-from harness.record import Store, headline
+from harness.record import Store
+from harness.summary import headline
 from harness.tracking import Projection, Tracker, default_uri, masked
 
 

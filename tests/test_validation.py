@@ -12,8 +12,8 @@ import torch
 from harness.batches import normalise, rotate
 from harness.evaluate import count, metrics
 from harness.partitions import shift
-from harness.record import headline
 from harness.server import Server
+from harness.summary import headline
 from harness.work import Setup
 
 if TYPE_CHECKING:

@@ -1,0 +1,48 @@
+"""One process per results folder: a lock that ends with its process, however that ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+from harness.refusal import Refused
+
+_TAKEN: dict[Path, IO[str]] = {}  # open files hold the locks
+
+
+def take(results: Path) -> None:
+    """Takes a folder for this process until it gives it back or ends. Raises Refused if another one has it."""
+    file = (results / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise Refused(f"results folder {results} is in use by {holder}") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
+    file.flush()
+    _TAKEN[results] = file
+
+
+def give_back(results: Path) -> None:
+    """Lets others have the folder. Does nothing if this process has not taken it."""
+    if results in _TAKEN:
+        _TAKEN.pop(results).close()
+
+
+@contextmanager
+def held(results: Path) -> Iterator[None]:
+    """Takes a folder for a block of code. Raises Refused as `take` does."""
+    take(results)
+    try:
+        yield
+    finally:
+        give_back(results)
