@@ -72,9 +72,13 @@ def check(
 def board(
     results: Annotated[Path, typer.Argument(help="a results folder")],
     metric: Annotated[str, typer.Option(help="which column to rank by")] = "accuracy_last10",
+    baseline: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="the method that the others are compared to; default fedavg, if it is there"),
+    ] = None,
 ) -> None:
     """Print the leaderboard of a results folder and write it to leaderboard.md there."""
-    _print_board(results, metric)
+    _print_board(results, metric, baseline)
 
 
 @app.command()
@@ -122,24 +126,34 @@ def _run(planned: Sweep, results: Path | None) -> None:
         raise typer.Exit(1)
 
 
-def _print_board(results: Path, metric: str) -> None:
+def _print_board(results: Path, metric: str, baseline: str | None = None) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from harness import board as boards
+    from harness import tables
     from harness.progress import console
 
-    found, out = boards.table(results, metric), console()
-    grid = Table(show_edge=False, pad_edge=False)
-    grid.add_column("method", no_wrap=True)
-    for column in found.columns:
-        grid.add_column(column, justify="right")
-    for name, cells in zip(found.rows, found.cells, strict=True):
-        grid.add_row(name, *map(str, cells))
+    found, out = boards.table(results, metric, baseline), console()
     out.print(found.title, style="bold", highlight=False, markup=False)
-    out.print(grid, markup=False)
-    for note in found.notes:
+    against = f"Difference to {found.baseline.name}" if found.baseline else ""
+    for title, lines in (
+        ("", tables.matrix(found)),
+        (against, tables.differences(found)),
+        ("Over all settings", tables.overall(found)),
+    ):
+        if not lines:
+            continue
+        grid = Table(show_edge=False, pad_edge=False)
+        grid.add_column(title or "method", no_wrap=True)
+        for column in lines[0][1:]:
+            grid.add_column(column, justify="right")
+        for line in lines[1:]:
+            grid.add_row(*map(Text, line))
+        out.print(grid, "")
+    for note in filter(None, (tables.ranks(found), *found.notes)):
         out.print(f"- {note}", highlight=False, markup=False)
-    out.print(f"Written to {boards.write(results)}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"Written to {boards.write(results, metric, baseline)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harness.record import SCHEMAS, Row, Store, flatten
+from harness.places import grouped
+from harness.record import SCHEMAS, Store
 from harness.refusal import Refused, unknown
 
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette (2008), which colour-blind readers can tell apart; yellow left out on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[str, ...] = ("-", "--", ":", "-.")
-AVERAGED = ("method", "seed", "cohort")  # config keys that make no setting
 ANNOTATED = 400  # cells: with more of them the numbers would not be readable
 
 
@@ -103,55 +100,6 @@ def _curves(store: Store, metric: str) -> pd.DataFrame:
     )
     lines = frame.groupby(["setting", "name", "round"])[metric].agg(["mean", "std"]).fillna(0.0).reset_index()
     return lines.sort_values("setting", key=lambda column: column.map(order), kind="stable")
-
-
-class Place(NamedTuple):
-    """Where a trial stands on a leaderboard: its row (less the model role) and its column."""
-
-    entry: str  # the method, with those of its hyper-parameters that vary within it
-    setting: str  # the values of the other config keys that vary
-
-
-def grouped(trials: Sequence[Row]) -> dict[str, Place]:
-    """The place of each trial by its id, ordered by setting.
-
-    Seeds are what is averaged over, and the cohort follows from the participation: neither makes a setting. Where no
-    key varies the setting is called by the dataset.
-    """
-    configs = {str(row["trial_id"]): flatten(json.loads(row["config"] or "{}")) for row in trials}
-    by_method: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in trials:
-        by_method[str(row["method"])].append(configs[str(row["trial_id"])])
-    tuned = {method: _varying(same, lambda key: key.startswith("hyper.")) for method, same in by_method.items()}
-    varied = _varying(list(configs.values()), lambda key: key not in AVERAGED and not key.startswith("hyper."))
-    places = {}
-    for row in sorted(trials, key=lambda row: [_rank(configs[str(row["trial_id"])].get(key)) for key in varied]):
-        config, method = configs[str(row["trial_id"])], str(row["method"])
-        setting = ", ".join(_spell(config, varied)) or str(row["dataset"])
-        places[str(row["trial_id"])] = Place(" ".join([method, *_spell(config, tuned[method])]), setting)
-    return places
-
-
-def _varying(configs: Collection[Mapping[str, Any]], wanted: Callable[[str], bool]) -> list[str]:
-    values: defaultdict[str, list[str]] = defaultdict(list)
-    for config in configs:
-        for key in filter(wanted, config):
-            values[key].append(json.dumps(config[key]))
-    return [key for key, seen in values.items() if len(set(seen)) > 1 or len(seen) < len(configs)]
-
-
-def _spell(config: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """`key=value`, with the last part of a dotted key, or all of it where two keys end alike."""
-    ends = [key.rsplit(".", 1)[-1] for key in keys]
-    names = [end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)]
-    values = [config.get(key) for key in keys]
-    texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
-    return [f"{name}={text}" for name, text in zip(names, texts, strict=True)]
-
-
-def _rank(value: object) -> tuple[bool, float, str]:
-    """Numbers in their order, then everything else by its text."""
-    return (False, float(value), "") if isinstance(value, int | float) else (True, 0.0, str(value))
 
 
 def _stride(count: int, room: float) -> int:

@@ -24,11 +24,24 @@ ORDER = """
     formats text sources data deals partitions batches fit evaluate
     work host books checkpoint server pool trial cluster
     record summary tracking scribe sweep
-    plots board progress catalogue watch rig probes check show cli
+    places inference metrics cells caveats statistics tables plots board
+    progress catalogue watch rig probes check show cli
 """.split()  # noqa: SIM905
 ONLY_IN = {"ray": {"pool", "trial", "cluster", "scribe", "sweep"}, "pyarrow": {"record"}, "mlflow": {"tracking"}}
 LAZY = {"sklearn", "torchvision", "matplotlib", "mlflow", "PIL"}  # slow: imported inside functions
-TORCH_FREE = ("refusal", "durable", "lock", "cards", "record", "summary", "tracking", "plots", "board")
+TORCH_FREE = (
+    "refusal",
+    "durable",
+    "lock",
+    "cards",
+    "record",
+    "summary",
+    "tracking",
+    "statistics",
+    "tables",
+    "plots",
+    "board",
+)
 FOR_METHODS = {
     *("__future__", "abc", "collections", "dataclasses", "functools", "itertools", "math", "operator", "typing"),
     *("annotated_types", "torch"),
