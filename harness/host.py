@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,22 @@ from harness.nets import Net
 from harness.partitions import shift
 from harness.protocol import Inbox, Trained
 from harness.trees import Parcel, Tree, bytes_by_kind, finite, numpy_stream, to
-from harness.work import Answer, Order, Personal, Report, Setup, Shard, Stages, proxy_rows
+from harness.work import (
+    Answer,
+    Event,
+    Order,
+    Personal,
+    Report,
+    Setup,
+    Shard,
+    Stages,
+    WorkFailed,
+    event,
+    proxy_rows,
+    said,
+)
+
+T = TypeVar("T")
 
 
 class ClientHost:
@@ -111,6 +127,12 @@ class ClientHost:
         part = slice(skip, skip + what.stop - what.start)
         return torch.cat([own.x for own in rows])[part], torch.cat([own.y for own in rows])[part]
 
+    def relax(self) -> None:
+        """Lets go of memory that is only held to be quick."""
+        self._opened = {}
+        gc.collect()
+        torch.cuda.empty_cache()
+
     def _enter(self, round: int) -> None:
         """Takes the settings of a round; they may change on the way."""
         now = self.stages.at(round)
@@ -193,9 +215,11 @@ class InlinePool:
 
     def __init__(self, device: str = "cpu", threads: int = 1) -> None:
         self.host = ClientHost(device, threads)
+        self.events: list[Event] = []
 
     def load(self, setup: Setup) -> None:
         """Begins a trial."""
+        self.events = []
         self.host.load(setup)
 
     def put(self, tree: Tree) -> Tree:  # noqa: D102
@@ -204,14 +228,33 @@ class InlinePool:
     def fetch(self, handle: Tree) -> Tree:  # noqa: D102
         return handle
 
-    def visit(self, order: Order, parts: Sequence[Tree], memory: Tree | None) -> Answer:  # noqa: D102
-        return self.host.visit(order, parts, memory)
+    def visit(self, order: Order, parts: Sequence[Tree], memory: Tree | None) -> Answer | WorkFailed:
+        """A visit; what it raises is kept until it is asked for."""
+        try:
+            return self._twice(partial(self.host.visit, order, parts, memory), order.round, order.visit.client)
+        except Exception as error:
+            return WorkFailed(said(error)).with_traceback(error.__traceback__)
 
-    def answer(self, ticket: Answer) -> Answer:  # noqa: D102
+    def answer(self, ticket: Answer | WorkFailed) -> Answer:  # noqa: D102
+        if isinstance(ticket, WorkFailed):
+            raise ticket
         return ticket
 
     def score(self, what: Shard | Personal, params: Tree) -> Counts:  # noqa: D102
-        return self.host.score(what, params)
+        return self._twice(partial(self.host.score, what, params), None, None)
 
     def counts(self, ticket: Counts) -> Counts:  # noqa: D102
         return ticket
+
+    def drain(self) -> list[Event]:  # noqa: D102
+        found, self.events = self.events, []
+        return found
+
+    def _twice(self, work: Callable[[], T], round: int | None, client: int | None) -> T:
+        """Work that finds no room on the GPU is done once more, after all that can be made again was let go."""
+        try:
+            return work()
+        except torch.cuda.OutOfMemoryError as error:
+            self.events.append(event("out_of_memory", f"{said(error)}; tried again", round, client))
+        self.host.relax()  # only here: until the error is forgotten it holds the tensors of its frames
+        return work()

@@ -3,87 +3,80 @@
 from __future__ import annotations
 
 import heapq
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError
 
+from harness.actors import GONE, SHORT, HostActor, answers, death_of, error_of
+from harness.config import Execution
 from harness.evaluate import Counts
-from harness.host import ClientHost
 from harness.trees import Parcel, Tree, parcel
-from harness.work import Order, Personal, Report, Setup, Shard
+from harness.work import Event, Order, Personal, Report, Setup, Shard, WorkFailed, event, said
 
 START_S = 120.0  # an actor that has not answered by then does not fit its bundle: Ray would wait without a word
+STALE_S = 10.0  # for a host to end what a failed trial left it with
+NOT_UP = f"host {{}} did not come up within {START_S:.0f} s: no room?"
 SHORT_S = 0.1  # visits shorter than this are queued two deep, to hide the way to the host
-RETRIES = 3  # times that a piece of work is given again after the host that had it died
 
 
-class HostActor:
-    """A client host in a process of its own. Trees travel as parcels."""
-
-    def __init__(self, device: str) -> None:
-        held: dict[str, float] = ray.get_runtime_context().get_assigned_resources()
-        gpus = held.get("GPU", 0.0)
-        if device == "cuda" and gpus < 1:  # Ray's fractions are bookkeeping only
-            torch.cuda.set_per_process_memory_fraction(gpus)
-        self.host = ClientHost(device)
-        self._arrays: tuple[Any, Any] = (None, None)
-
-    def load(self, setup: Setup, arrays: list[Any]) -> None:
-        """Begins a trial. The data set's reference comes in a list, so that it is only fetched when it is new."""
-        if self._arrays[0] != arrays[0]:
-            self._arrays = (arrays[0], ray.get(arrays[0]))
-        self.host.load(replace(setup, arrays=self._arrays[1]))
-
-    @ray.method(num_returns=3)
-    def visit(self, order: Order, memory: Parcel | None, *parts: Parcel) -> tuple[Report, Parcel, Parcel]:
-        """One visit; its three answers are stored apart, so that a memory is never moved to the server."""
-        report, payload, after = self.host.visit(order, parts, memory)
-        return report, parcel(payload), parcel(after)
-
-    def score(self, what: Shard | Personal, params: Parcel) -> Counts:
-        """One piece of the evaluation."""
-        return self.host.score(what, params)
-
-
-@dataclass
+@dataclass(eq=False)
 class Work:
     """A piece of work: how to give it to a host, and what came of it."""
 
     give: Callable[[Any], Any]
+    name: str
+    round: int | None = None
+    client: int | None = None
     refs: list[Any] = field(default_factory=list)
     done: bool = False
-    tries: int = 0
+    error: Exception | None = None
+    thinned: int = 1  # how thinly work was spread over the hosts when it was given
+    trouble: Counter[str] = field(default_factory=Counter)  # kind of event -> times
+
+    def end(self, error: Exception | None = None) -> None:
+        """It is over, well or with an error."""
+        self.done, self.error = True, error
 
 
 class RayPool:
     """Hosts as actors. Work goes to the idlest host; evaluation only when no client waits."""
 
-    def __init__(self, hosts: int, device: str, cpus: float, gpus: float) -> None:
+    def __init__(self, how: Execution, device: str) -> None:
         actor: Any = ray.remote(HostActor)
-        self._make = lambda: actor.options(num_cpus=cpus, num_gpus=gpus).remote(device)
-        self.hosts = [self._make() for _ in range(hosts)]
+        resources = {"num_cpus": how.cpus_per_host, "num_gpus": how.gpus_per_host}
+        self.how, self._make = how, lambda: actor.options(**resources).remote(device)
+        self.hosts = [self._make() for _ in range(how.hosts)]
         self.queue: list[tuple[int, int, Work]] = []
-        self.given: dict[Any, tuple[int, Work]] = {}  # first ref of the answer -> host, work
-        self.load_of = [0] * hosts
+        self.given: dict[Any, tuple[int, Work]] = {}  # first ref of the answer -> host, work; in the order of giving
+        self.load_of = [0] * how.hosts
+        self.since = [0.0] * how.hosts  # monotonic: when the host began what it is doing, as far as is known
+        self.thinned = 1  # every so manieth host takes work: more than one after memory was short
         self.mean_s = 1.0  # running mean of a visit's length
+        self.events: list[Event] = []
         self._count = 0
 
     def load(self, setup: Setup, arrays: Any) -> None:
         """Begins a trial on every host; `arrays` is the reference of its data set, which does not travel again."""
         self._begin = (ray.put(replace(setup, arrays=setup.arrays.empty())), [arrays])
-        # A trial that failed leaves work behind. Hosts end it before they load, and nobody asks for it any more.
+        # A trial that failed leaves work behind that nobody asks for any more. A host that does not end it is ended.
+        stale = [load > 0 for load in self.load_of]
         self.queue.clear()
         self.given.clear()
-        self.load_of = [0] * len(self.hosts)
-        for at, ref in enumerate([host.load.remote(*self._begin) for host in self.hosts]):
+        self.load_of, self.thinned, self.events = [0] * len(self.hosts), 1, []
+        for at, ref in enumerate([host.load.remote(*self._begin, 1) for host in self.hosts]):
             try:
-                _wait_for([ref])
-            except RayActorError:  # it died since its last work
-                self._renew(at)
+                if answers(ref, STALE_S if stale[at] else START_S):
+                    continue
+                if not stale[at]:
+                    raise RuntimeError(NOT_UP.format(at))
+            except GONE as error:
+                self.events.append(event("host_lost", f"host {at} died between two trials: {death_of(error)}"))
+            self._renew(at)
 
     def put(self, tree: Tree) -> Any:
         """One flat buffer in the object store."""
@@ -96,18 +89,26 @@ class RayPool:
 
     def visit(self, order: Order, parts: Sequence[Any], memory: Any | None) -> Work:
         """Queues a visit."""
-        return self._queue(0, lambda host: host.visit.remote(order, memory, *parts))
+        give = lambda host: host.visit.remote(order, memory, *parts)  # noqa: E731
+        return self._queue(0, Work(give, "a visit", order.round, order.visit.client))
 
     def score(self, what: Shard | Personal, params: Any) -> Work:
         """Queues a piece of the evaluation behind all visits."""
-        return self._queue(1, lambda host: [host.score.remote(what, params)])
+        round, client = (what.round, what.visit.client) if isinstance(what, Personal) else (None, None)
+        return self._queue(1, Work(lambda host: [host.score.remote(what, params)], "scoring", round, client))
 
     def answer(self, ticket: Work) -> tuple[Report, Tree, Any]:
         """Waits for a visit."""
-        self._wait(ticket)
-        report = ray.get(ticket.refs[0])
-        self.mean_s += (report.seconds - self.mean_s) / 8
-        return report, ray.get(ticket.refs[1]).open(), ticket.refs[2]
+        while True:
+            self._wait(ticket)
+            try:
+                report, payload = ray.get(ticket.refs[:2])
+            except ObjectLostError as error:  # with the machine that it lay on
+                ticket.done = False
+                self._again("host_lost", ticket, f"its answer was lost: {said(error)}")
+                continue
+            self.mean_s += (report.seconds - self.mean_s) / 8
+            return report, payload.open(), ticket.refs[2]
 
     def counts(self, ticket: Work) -> Counts:
         """Waits for it."""
@@ -115,8 +116,12 @@ class RayPool:
         found: Counts = ray.get(ticket.refs[0])
         return found
 
-    def _queue(self, priority: int, give: Callable[[Any], Any]) -> Work:
-        work = Work(give)
+    def drain(self) -> list[Event]:
+        """What happened since the last call."""
+        found, self.events = self.events, []
+        return found
+
+    def _queue(self, priority: int, work: Work) -> Work:
         self._count += 1
         heapq.heappush(self.queue, (priority, self._count, work))
         self._dispatch()
@@ -124,46 +129,116 @@ class RayPool:
 
     def _dispatch(self) -> None:
         depth = 2 if self.mean_s < SHORT_S else 1
-        while self.queue and min(self.load_of) < depth:
+        while self.queue:
+            at = min(range(0, len(self.hosts), self.thinned), key=self.load_of.__getitem__)
+            if self.load_of[at] >= depth:
+                return
             work = heapq.heappop(self.queue)[2]
-            at = self.load_of.index(min(self.load_of))
-            work.refs = work.give(self.hosts[at])
+            work.refs, work.thinned = work.give(self.hosts[at]), self.thinned
+            if not self.load_of[at]:
+                self.since[at] = time.monotonic()
             self.load_of[at] += 1
             self.given[work.refs[0]] = (at, work)
 
     def _wait(self, ticket: Work) -> None:
+        limit = self.how.visit_timeout_s
         while not ticket.done:
-            ready, _ = ray.wait(list(self.given), num_returns=1)
-            at, work = self.given.pop(ready[0])
-            self.load_of[at] -= 1
-            try:
-                ray.get(ready[0])
-                work.done = True
-            except RayActorError:
-                self._replace(at, work)
             self._dispatch()
+            now, busy = time.monotonic(), [at for at, load in enumerate(self.load_of) if load]
+            # What came while nobody looked is looked at before anybody is called late.
+            patience = max(0.05, min(self.since[at] for at in busy) + limit - now) if limit else None
+            for ref in ray.wait(list(self.given), num_returns=1, timeout=patience)[0]:
+                self._take(ref)
+            for at in busy if limit else ():
+                if self.load_of[at] and time.monotonic() - self.since[at] > limit and not self._has_answered(at):
+                    self._replace(at)
+        if ticket.error is not None:
+            raise ticket.error
 
-    def _replace(self, at: int, work: Work) -> None:
-        """A host died: a new one takes its place and its work. No number depends on who does it."""
-        lost = [work, *(w for host, w in self.given.values() if host == at)]
-        self.given = {ref: (host, w) for ref, (host, w) in self.given.items() if host != at}
+    def _has_answered(self, at: int) -> bool:
+        own = [ref for ref, (host, _) in self.given.items() if host == at]
+        return bool(ray.wait(own, num_returns=1, timeout=0)[0])
+
+    def _take(self, ref: Any) -> None:
+        """Books an answer that is there."""
+        at, work = self.given[ref]
+        error = error_of(ref)
+        if isinstance(error, GONE):
+            self._replace(at)
+            return
+        del self.given[ref]
+        self.load_of[at] -= 1
+        self.since[at] = time.monotonic()  # what is queued behind it begins
+        self._settle(work, error)
+
+    def _settle(self, work: Work, error: Exception | None) -> None:
+        """The host has done it, or says why not."""
+        cause = getattr(error, "cause", None) or error
+        if cause is None or isinstance(cause, ObjectLostError):  # a memory that is lost is no fault of a visit
+            work.end(error)
+        elif isinstance(cause, SHORT):
+            self._starve(work, said(cause))
+        else:
+            work.end(WorkFailed(said(cause)))
+
+    def _replace(self, at: int) -> None:
+        """A host died, or hangs: a new one takes its place and its work. No number depends on who does it."""
+        own = [(ref, work) for ref, (host, work) in self.given.items() if host == at]
+        self.given = {ref: (host, work) for ref, (host, work) in self.given.items() if host != at}
         self.load_of[at] = 0
-        for one in lost:
-            one.tries += 1
-            if one.tries > RETRIES:
-                raise RuntimeError(f"a host died {one.tries} times over the same piece of work")
-            self._count += 1
-            heapq.heappush(self.queue, (0, -self._count, one))
+        lost: list[tuple[Work, Exception | None]] = []
+        for ref, work in own:
+            there = bool(ray.wait([ref], timeout=0)[0])
+            error = error_of(ref) if there else None
+            if there and not isinstance(error, GONE):
+                self._settle(work, error)
+            else:
+                lost.append((work, error))
         self._renew(at)
+        for work, _ in reversed(lost[1:]):  # they were only waiting
+            self._requeue(work)
+        for work, error in lost[:1]:
+            if isinstance(error, SHORT):
+                self._starve(work, f"host {at} was ended by Ray's memory monitor")
+            elif error is None:
+                self._again("visit_hung", work, f"no answer from host {at} in {self.how.visit_timeout_s:g} s")
+            else:
+                self._again("host_lost", work, f"host {at} died: {death_of(error)}")
+
+    def _again(self, kind: str, work: Work, why: str) -> None:
+        """Gives work again, or gives it up."""
+        work.trouble[kind] += 1
+        tries, most = work.trouble[kind], self.how.host_retries if kind == "host_lost" else 1
+        what = f"{work.name}: {why}"
+        if tries > most:
+            self.events.append(event(kind, f"{what}; given up", work.round, work.client))
+            work.end(WorkFailed(f"{what} ({kind.replace('_', ' ')} {tries} times)"))
+        else:
+            self.events.append(event(kind, f"{what}; given again", work.round, work.client))
+            self._requeue(work)
+
+    def _starve(self, work: Work, why: str) -> None:
+        """There was not enough memory: half as many hosts get work, unless that was done since this was given."""
+        if work.thinned == self.thinned < len(self.hosts):
+            self.thinned *= 2
+        left = len(range(0, len(self.hosts), self.thinned))
+        for host in self.hosts:
+            host.relax.remote(self.thinned)
+        self._again("out_of_memory", work, f"{why}; {left} of {len(self.hosts)} hosts work from now on")
+
+    def _requeue(self, work: Work) -> None:
+        self._count += 1
+        heapq.heappush(self.queue, (0, -self._count, work))
 
     def _renew(self, at: int) -> None:
-        ray.kill(self.hosts[at])
-        self.hosts[at] = self._make()
-        _wait_for([self.hosts[at].load.remote(*self._begin)])
-
-
-def _wait_for(refs: list[Any]) -> None:
-    ready, missing = ray.wait(refs, num_returns=len(refs), timeout=START_S)
-    if missing:
-        raise RuntimeError(f"{len(missing)} of {len(refs)} hosts did not come up within {START_S:.0f} s: no room?")
-    ray.get(ready)
+        """A new host, loaded. It may die on the way, too."""
+        for left in reversed(range(1 + self.how.host_retries)):
+            ray.kill(self.hosts[at])
+            self.hosts[at] = self._make()
+            try:
+                if answers(self.hosts[at].load.remote(*self._begin, self.thinned), START_S):
+                    return
+                raise RuntimeError(NOT_UP.format(at))
+            except GONE:
+                if not left:
+                    raise

@@ -6,37 +6,34 @@ resolved in the order of the visits, never in the order in which they came.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache, reduce
-from operator import add
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from harness.batches import Rows
 from harness.books import Cost, Row, bytes_down, client_row, lost, merge_costs, merge_counts
 from harness.cohorts import Roster, draw_cohort, draw_roster
-from harness.evaluate import Counts, Vector, metrics, own_label_metrics, recall_of, spread, tail_classes, validated
+from harness.evaluate import Vector
 from harness.fit import Workbench
-from harness.protocol import Ensemble, Role, State, Update, Visit
+from harness.protocol import State, Update, Visit
 from harness.refusal import Refused
-from harness.trees import Tree, finite, stream, to
-from harness.work import Order, Personal, Pool, Report, Setup, Shard, Stages, proxy_rows
+from harness.scoring import Scoring, Tickets, members_of
+from harness.trees import finite, stream, to
+from harness.work import Event, Order, Pool, Report, Setup, Stages, WorkFailed, event, proxy_rows
 
 
 class Diverged(RuntimeError):
     """A number that is not finite where training needs one. A result, not a crash."""
 
 
-@dataclass(frozen=True)
-class Tickets:
-    """The pieces of one model's evaluation that are under way."""
-
-    test: list[Any] = field(default_factory=list)
-    validation: list[Any] = field(default_factory=list)
+class NoUpdates(RuntimeError):
+    """Too many rounds in a row from which nothing came back."""
 
 
 class Server:
@@ -58,12 +55,11 @@ class Server:
         self.round = 0
         self.rounds: list[Row] = []
         self.clients: list[Row] = []
+        self.events: list[Event] = []
         self.proxy_holders: list[int] = []
         self._proxy_bytes = 0 if setup.proxy is None else sum(part.nbytes for part in setup.proxy)
-        counts = setup.split.counts
-        held = counts[counts.sum(1) > 0]
-        self._tail = tail_classes(counts.sum(0), self.trial.evaluation.tail)
-        self._mixes = held / held.sum(1, keepdims=True) if mixes is None else mixes
+        self.scoring = Scoring(setup, pool, self.roles, "private_test" in self.method.needs, mixes)
+        self._empty = 0  # rounds in a row from which nothing came back
         self._late: Callable[[], None] | None = None  # books the round whose evaluation is under way
 
     @property
@@ -72,29 +68,47 @@ class Server:
         return self.round >= self.trial.rounds
 
     def step(self) -> None:
-        """One round. Its rows are booked when its evaluation is in, which is during the next round at the latest."""
+        """One round. Its rows are booked when its evaluation is in, which is during the next round at the latest.
+
+        Raises Diverged, WorkFailed or NoUpdates, as the trial's `faults` have it; the rounds before are booked then.
+        """
+        try:
+            self._step()
+        except Exception:
+            with suppress(Exception):
+                self.flush()
+            raise
+        finally:
+            self.events += self.pool.drain()
+
+    def _step(self) -> None:
         started = time.perf_counter()
         self._enter(self.round)
         costs = {name: Cost() for name in self.roles}
         updates = self._train(self._roster(), costs)
+        self._count_empty(bool(updates))
         merging = time.perf_counter()
         bench = self._bench()
         if updates:  # a round from which nothing came back changes nothing
             self.state = self.method.merge(self.state, updates, bench)
-        models = {name: _members(model) for name, model in self.method.models(self.state).items()}
+        models = {name: members_of(model) for name, model in self.method.models(self.state).items()}
         for name, members in models.items():
             if not all(finite(params) for _, params in members):
                 raise Diverged(f"diverged: the {name} model is not finite after round {self.round}")
         server = {"server_steps": bench.steps, "server_seconds": time.perf_counter() - merging}
         last = self.round + 1 == self.trial.rounds
         due = last or (self.round + 1) % self.trial.evaluation.every == 0
-        tickets = {**self._score(models), **self._score_personal()} if due else {}
-        names = list(dict.fromkeys([*models, *self._personal_names(), *tickets]))
+        tickets = self.scoring.send(self.round, models, self.memories) if due else {}
+        names = list(dict.fromkeys([*models, *self.scoring.own_names, *tickets]))
         self.flush()
         self._late = self._booking(self.round, names, tickets, costs, server, started)
         self.round += 1
         if last:
             self.flush()
+        most = self.trial.faults.empty_rounds
+        if most and self._empty >= most:
+            since = f"rounds {self.round - self._empty} to {self.round - 1}"
+            raise NoUpdates(f"no update came back in {self._empty} rounds in a row, {since} (faults.empty_rounds)")
 
     def flush(self) -> None:
         """Books the round whose evaluation is still under way."""
@@ -106,14 +120,17 @@ class Server:
         """All that a server needs to go on from here, bit for bit: what `checkpoint.pack` takes."""
         self.flush()
         memories = [[v.client, v.role, self.pool.fetch(handle)] for v, handle in sorted(self.memories.items())]
-        tables = {"rounds": self.rounds, "clients": self.clients, "proxy_holders": self.proxy_holders}
-        return {"round": self.round, "state": self.state, "memories": memories, **tables}
+        self.events += self.pool.drain()
+        tables = {"rounds": self.rounds, "clients": self.clients, "events": self.events}
+        more = {"proxy_holders": self.proxy_holders, "empty": self._empty}
+        return {"round": self.round, "state": self.state, "memories": memories, **tables, **more}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Goes back to a snapshot of the same trial."""
         self.round, self.state = snapshot["round"], to(snapshot["state"], self.device)
         self.memories = {Visit(client, role): self.pool.put(tree) for client, role, tree in snapshot["memories"]}
         self.rounds, self.clients = list(snapshot["rounds"]), list(snapshot["clients"])
+        self.events, self._empty = list(snapshot.get("events", [])), snapshot.get("empty", 0)
         self.proxy_holders = list(snapshot["proxy_holders"])
 
     def _enter(self, round: int) -> None:
@@ -147,20 +164,47 @@ class Server:
             down = bytes_down(broadcast, visit)
             if visit in roster.dropped:
                 self._book_client(lost(visit), down, costs[visit.role])
-            else:
-                updates.append(self._collect(visit, tickets.pop(visit), down, costs[visit.role]))
+            elif (update := self._collect(visit, tickets.pop(visit), down, costs[visit.role])) is not None:
+                updates.append(update)
         return updates
 
-    def _collect(self, visit: Visit, ticket: Any, down: dict[str, int], cost: Cost) -> Update:
-        report, payload, memory = self.pool.answer(ticket)
+    def _collect(self, visit: Visit, ticket: Any, down: dict[str, int], cost: Cost) -> Update | None:
+        """An update, booked; None if nothing came of the visit, or nothing that may be merged."""
+        try:
+            report, payload, memory = self.pool.answer(ticket)
+        except WorkFailed as error:
+            why = str(error) if len(self.roles) == 1 else f"as {visit.role}: {error}"
+            failure = WorkFailed(f"client {visit.client} in round {self.round}: {why}")
+            self._give_up(visit, why, self.trial.faults.client, failure)
+            self._book_client(lost(visit), down, cost)
+            return None
         if not report.finite:
-            raise Diverged(f"diverged: the update of client {visit.client} in round {self.round} is not finite")
-        self.memories[visit] = memory
+            what = f"diverged: the update of client {visit.client} in round {self.round} is not finite"
+            self._give_up(visit, "its update is not finite", self.trial.faults.nonfinite, Diverged(what))
+            report = replace(report, metrics={name: x for name, x in report.metrics.items() if math.isfinite(x)})
         if report.read_proxy and visit.client not in self.proxy_holders:  # it had to be sent, once
             self.proxy_holders.append(visit.client)
             down = merge_counts(down, {"proxy": self._proxy_bytes})
         self._book_client(report, down, cost)
+        if not report.finite:
+            return None
+        self.memories[visit] = memory
         return Update(visit, report.samples, report.steps - report.extra, payload, report.metrics)
+
+    def _give_up(self, visit: Visit, why: str, policy: Literal["fail", "skip"], failure: RuntimeError) -> None:
+        """Leaves a visit out, or fails."""
+        self._note("client_failed" if policy == "fail" else "client_skipped", why, visit.client)
+        if policy == "fail":
+            raise failure
+
+    def _count_empty(self, came: bool) -> None:
+        self._empty = 0 if came else self._empty + 1
+        if not came:
+            self._note("empty_round", f"nothing came back: round {self._empty} of its kind in a row")
+
+    def _note(self, kind: str, detail: str, client: int | None = None) -> None:
+        self.events += self.pool.drain()
+        self.events.append(event(kind, detail, self.round, client))
 
     def _book_client(self, report: Report, down: dict[str, int], cost: Cost) -> None:
         cost.add(report, down)
@@ -174,41 +218,6 @@ class Server:
         zeros = torch.zeros(self.world.classes, dtype=torch.int64, device=self.device)
         key = (self.trial.seed, "server", self.round)
         return Workbench(key, self.device, zeros, {"proxy": proxy}, self.world, round=self.round)
-
-    def _score(self, models: Mapping[str, Members]) -> dict[str, Tickets]:
-        """Sends the evaluation off, in shards whose size does not depend on the number of hosts.
-
-        With several domains there is also a row MODEL@DOMAIN for each, from the same shards.
-        """
-        tickets: dict[str, Tickets] = {}
-        size, domains = self.trial.evaluation.batch, self.setup.domains
-        rows = {name: len(own) for name, own in domains.items()} or {"": len(self.setup.arrays.y_test)}
-        held = sum(len(own) for own in self.setup.split.validation)
-        for name, members in models.items():
-            sent = self.pool.put({str(i): params for i, (_, params) in enumerate(members)})
-            nets, key = tuple(net for net, _ in members), f"model/{self.round}/{name}"
-            validation = [Shard(nets, key, at, min(at + size, held), "", "validation") for at in range(0, held, size)]
-            tickets[name] = Tickets(validation=[self.pool.score(shard, sent) for shard in validation])
-            for domain, n in rows.items():
-                shards = [Shard(nets, key, at, min(at + size, n), domain) for at in range(0, n, size)]
-                own = [self.pool.score(shard, sent) for shard in shards]
-                tickets[name].test.extend(own)
-                if domain:
-                    tickets[f"{name}@{domain}"] = Tickets(own)
-        return tickets
-
-    def _score_personal(self) -> dict[str, Tickets]:
-        """The same for the models of all clients that were ever visited, each on its own rows."""
-        tickets = {name: Tickets() for name in self._personal_names()}
-        for visit, memory in sorted(self.memories.items()) if tickets else ():
-            own, net = tickets[_personal(visit.role, self.roles)], self.roles[visit.role].net
-            own.test.append(self.pool.score(Personal(visit, net, self.round), memory))
-            if self.trial.holdout.validation:
-                own.validation.append(self.pool.score(Personal(visit, net, self.round, "validation"), memory))
-        return {name: found for name, found in tickets.items() if found.test}
-
-    def _personal_names(self) -> list[str]:
-        return [_personal(role, self.roles) for role in self.roles] if "private_test" in self.method.needs else []
 
     def _booking(
         self,
@@ -227,34 +236,10 @@ class Server:
 
         def book() -> None:
             for i, name in enumerate(names):
-                own = [cost for role, cost in costs.items() if name == self._row_of(role, names)]
+                own = [cost for role, cost in costs.items() if name == self.scoring.row_of(role, names)]
                 spent = reduce(merge_costs, own, Cost())
                 first = {**server, "seconds": seconds} if i == 0 else dict.fromkeys([*server, "seconds"], 0)
-                seen = self._metrics(name, tickets[name]) if name in tickets else {}
+                seen = self.scoring.read(name, tickets[name]) if name in tickets else {}
                 self.rounds.append({"round": round, "role": name, **seen, **spent.row(), **first})
 
         return book
-
-    def _row_of(self, role: str, names: Sequence[str]) -> str:
-        return next((n for n in (role, _personal(role, self.roles)) if n in names), names[0])
-
-    def _metrics(self, name: str, tickets: Tickets) -> Row:
-        counts: list[Counts] = [self.pool.counts(ticket) for ticket in tickets.test]
-        validation: list[Counts] = [self.pool.counts(ticket) for ticket in tickets.validation]
-        total = reduce(add, counts)
-        found = metrics(total, self._tail) | (validated(reduce(add, validation)) if validation else {})
-        if name in self._personal_names():
-            return {**found, **spread(np.array([c.hits.sum() / c.rows.sum() for c in counts if c.rows.sum()]))}
-        return {**found, **own_label_metrics(recall_of(total), self._mixes)}
-
-
-Members = tuple[tuple[str, Tree], ...]
-
-
-def _members(model: tuple[str, Tree] | Ensemble) -> Members:
-    return model.members if isinstance(model, Ensemble) else (model,)
-
-
-def _personal(role: str, roles: Mapping[str, Role]) -> str:
-    """What the clients' own models of a role are called in the table of rounds."""
-    return "personal" if len(roles) == 1 else f"personal-{role}"

@@ -104,7 +104,7 @@ class FederatedTrial(tune.Trainable):
             device = device_of(how)
             if how.hosts:
                 if self.hosts is None:
-                    self.hosts = RayPool(how.hosts, device, how.cpus_per_host, how.gpus_per_host)
+                    self.hosts = RayPool(how, device)
                 self.hosts.load(setup, self.data["arrays"][trial.dataset])
             else:
                 if self.inline is None:

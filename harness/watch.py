@@ -17,7 +17,7 @@ from harness.evaluate import Counts
 from harness.fit import Workbench
 from harness.host import ClientHost, InlinePool
 from harness.trees import Tree, parcel
-from harness.work import Answer, Order, Personal, Setup, Shard
+from harness.work import Answer, Event, Order, Personal, Setup, Shard, WorkFailed
 
 FIT_STEPS = 3  # the most of any `Bench.fit`: numbers do not matter here, only what they depend on
 
@@ -105,11 +105,12 @@ class BoundedPool(InlinePool):
 
     def __init__(self, watches: bool = False) -> None:
         self.host: BoundedHost = BoundedHost()
+        self.events = []
         self.watches = watches
         self.log: list[Passed] = []
         self.kept = ""  # what `keeps` changed of a memory
 
-    def visit(self, order: Order, parts: Sequence[Tree], memory: Tree | None) -> Answer:
+    def visit(self, order: Order, parts: Sequence[Tree], memory: Tree | None) -> Answer | WorkFailed:
         """A visit, with fingerprints before and after."""
         if not self.watches:
             return super().visit(order, parts, memory)
@@ -196,3 +197,7 @@ class FarPool:
     def counts(self, ticket: Counts) -> Counts:
         """What it found."""
         return ticket
+
+    def drain(self) -> list[Event]:
+        """Nothing: what a hook raises is raised at once."""
+        return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -123,6 +124,22 @@ class Stages:
 
 
 Answer = tuple[Report, Tree, Tree]
+Event = dict[str, Any]  # a row of the table of events
+
+
+class WorkFailed(RuntimeError):
+    """A piece of work from which nothing will come: it raised, hung, or lost its host time and again."""
+
+
+def event(kind: str, detail: str, round: int | None = None, client: int | None = None) -> Event:
+    """What happened just now. round, client: None where it does not belong to one."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return {"time": now, "kind": kind, "round": round, "client": client, "detail": detail}
+
+
+def said(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 class Pool(Protocol):
@@ -138,13 +155,19 @@ class Pool(Protocol):
         """Sends a client's work off; returns a ticket. `parts`, `memory`: handles."""
 
     def answer(self, ticket: Any) -> tuple[Report, Tree, Any]:
-        """Waits for a visit: its report, its payload and the handle of the client's next memory."""
+        """Waits for a visit: its report, its payload and the handle of the client's next memory.
+
+        Raises WorkFailed if nothing came of it.
+        """
 
     def score(self, what: Shard | Personal, params: Any) -> Any:
         """Sends a piece of the evaluation off, to be done when no client waits; returns a ticket."""
 
     def counts(self, ticket: Any) -> Counts:
         """Waits for a piece of the evaluation."""
+
+    def drain(self) -> list[Event]:
+        """What happened to hosts and their work since the last call."""
 
 
 def make_setup(

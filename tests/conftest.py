@@ -27,7 +27,7 @@ from harness.partitions import Split
 from harness.protocol import Algorithm, Batch, Inbox, Trained, Update, Visit, World
 from harness.server import Server
 from harness.trees import Tree
-from harness.work import Answer, Order, Setup
+from harness.work import Answer, Order, Setup, WorkFailed
 
 SHAPE, CLASSES = (1, 8, 8), 4
 LOCAL = {"epochs": 1, "batch": 8, "lr": 0.1}
@@ -82,9 +82,11 @@ class WatchedPool(InlinePool):
         super().load(setup)
         self.log: list[Sent] = []
 
-    def visit(self, order: Order, parts: Sequence[Tree], memory: Tree | None) -> Answer:
+    def visit(self, order: Order, parts: Sequence[Tree], memory: Tree | None) -> Answer | WorkFailed:
         answer = super().visit(order, parts, memory)
         inbox = {key: value for part in parts for key, value in part.items()}
+        if isinstance(answer, WorkFailed):
+            return answer
         self.log.append(Sent(order, inbox, memory, answer[1]))
         return answer
 

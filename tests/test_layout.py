@@ -22,12 +22,16 @@ ORDER = """
     trees losses mixes layers zoo nets protocol descent peers
     registry cards settings sections hypers schedule cohorts config overrides axes
     formats text sources data deals partitions batches fit evaluate
-    work host books checkpoint server pool trial cluster
+    work host books checkpoint scoring server actors pool trial cluster
     record summary tracking scribe sweep
     places inference metrics cells caveats statistics tables plots board
     progress catalogue watch rig probes check show cli
 """.split()  # noqa: SIM905
-ONLY_IN = {"ray": {"pool", "trial", "cluster", "scribe", "sweep"}, "pyarrow": {"record"}, "mlflow": {"tracking"}}
+ONLY_IN = {
+    "ray": {"actors", "pool", "trial", "cluster", "scribe", "sweep"},
+    "pyarrow": {"record"},
+    "mlflow": {"tracking"},
+}
 LAZY = {"sklearn", "torchvision", "matplotlib", "mlflow", "PIL"}  # slow: imported inside functions
 TORCH_FREE = (
     "refusal",

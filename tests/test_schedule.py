@@ -257,7 +257,7 @@ def test_a_change_of_roles_is_refused_before_training(tmp_path: Path, lab: Any) 
 
 @pytest.fixture(scope="module")
 def hosts(cluster: None) -> Iterator[RayPool]:
-    made = RayPool(2, "cpu", 1.0, 0.0)
+    made = RayPool(config.Execution(hosts=2), "cpu")
     yield made
     for host in made.hosts:
         ray.kill(host)

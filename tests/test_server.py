@@ -5,25 +5,31 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from harness import trees
+from algorithms.fedavg import FedAvg
+from harness import cohorts, trees
 from harness.batches import normalise
+from harness.checkpoint import pack, unpack
 from harness.cohorts import draw_cohort
 from harness.evaluate import count, metrics, tail_classes
 from harness.losses import cross_entropy
 from harness.nets import Net
 from harness.protocol import Algorithm, Batch, Broadcast, Cohort, Inbox, Role, State, Trained, Update, Visit, World
-from harness.server import Diverged, Server
+from harness.server import Diverged, NoUpdates, Server
 from harness.trees import Tree
+from harness.work import Setup, WorkFailed
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -293,6 +299,171 @@ def test_a_model_that_is_not_finite_ends_the_trial(lab: Lab) -> None:
     server.step()
     with pytest.raises(Diverged, match="the large model is not finite after round 1"):
         server.step()
+
+
+# ---- what a trial may live with
+
+
+@dataclass(frozen=True)
+class Unlucky(FedAvg):
+    """Client 1, of 20 rows, has an update that is not finite in the rounds `at`, or a visit that raises."""
+
+    at: tuple[int, ...] = (1,)
+    raises: bool = False
+
+    def reply(self, trained: Trained) -> tuple[Tree, Tree]:
+        payload, memory = super().reply(trained)
+        if trained.visit.client == 1 and trained.round in self.at:
+            if self.raises:
+                raise ValueError("bad\nluck")
+            payload = {**payload, "params": trees.tree_map(lambda x: x * math.nan, trained.end)}
+        return payload, {"visits": memory.get("visits", torch.zeros(())) + 1}
+
+
+def told(server: Server) -> list[tuple[str, int | None, int | None]]:
+    return [(e["kind"], e["round"], e["client"]) for e in server.events]
+
+
+def test_an_update_that_is_not_finite_can_be_skipped(lab: Lab) -> None:
+    """Round 1 is merged from the other three; the visit's costs count, and it is not remembered."""
+    whole = lab.run("fedavg", rounds=3)
+    server = lab.run(Unlucky(), rounds=3, faults={"nonfinite": "skip"})
+    assert told(server) == [("client_skipped", 1, 1)]
+    assert server.events[0]["detail"] == "its update is not finite"
+    costs = ("up_bytes", "down_bytes", "steps", "samples", "train_loss")
+    assert [{k: r[k] for k in costs} for r in server.rounds[:2]] == [
+        {k: r[k] for k in costs} for r in whole.rounds[:2]
+    ]
+    visits = [float(memory["visits"]) for _, memory in sorted(server.memories.items())]
+    assert visits == [3, 2, 3, 3]
+    log = server.pool.log  # type: ignore[attr-defined]
+    others = [s for s in log if s.order.round == 1 and s.order.visit.client != 1]
+    merged = trees.mean((s.payload["params"] for s in sorted(others, key=lambda s: s.order.visit)), [12, 8, 16])
+    received = next(s.inbox["params"] for s in log if s.order.round == 2)
+    assert lab.same(received, merged)
+
+
+def test_a_loss_that_is_not_finite_stays_out_of_the_tables(lab: Lab) -> None:
+    """Every update of round 0 is skipped: no loss, and no model was changed. NaN would be no JSON."""
+    faults = {"nonfinite": "skip", "empty_rounds": 0}
+    server = lab.run("fedavg", rounds=2, local={"lr": 1e30, "epochs": 3}, faults=faults)
+    assert [row["train_loss"] for row in server.clients] == [None] * 8
+    assert [row["train_loss"] for row in server.rounds] == [None] * 2
+    assert server.rounds[0]["accuracy"] == server.rounds[1]["accuracy"]
+    assert server.rounds[0]["up_bytes"] > 0
+
+
+def test_a_visit_that_raises_ends_the_trial(lab: Lab) -> None:
+    """With the client and the round; the round before is booked."""
+    server = lab.server(lab.setup(Unlucky(raises=True)))
+    with pytest.raises(WorkFailed, match=r"^client 1 in round 1: ValueError: bad luck$"):
+        while not server.done:
+            server.step()
+    assert told(server) == [("client_failed", 1, 1)]
+    assert [row["round"] for row in server.rounds] == [0]
+
+
+def test_a_visit_that_raises_can_be_skipped(lab: Lab) -> None:
+    """Its work is lost, what it received is counted."""
+    server = lab.run(Unlucky(raises=True), rounds=3, faults={"client": "skip"})
+    assert told(server) == [("client_skipped", 1, 1)]
+    own = [row for row in server.clients if row["client"] == 1]
+    assert [(row["steps"], row["up_bytes"] > 0) for row in own] == [(3, True), (0, False), (3, True)]
+    assert len({row["down_bytes"] for row in own}) == 1
+    assert [float(memory["visits"]) for _, memory in sorted(server.memories.items())] == [3, 2, 3, 3]
+
+
+def test_each_policy_is_for_its_own_fault(lab: Lab) -> None:
+    with pytest.raises(Diverged, match="update of client 1 in round 1"):
+        lab.run(Unlucky(), faults={"client": "skip"})
+    with pytest.raises(WorkFailed, match="client 1 in round 1"):
+        lab.run(Unlucky(raises=True), faults={"nonfinite": "skip"})
+
+
+def test_a_fault_says_in_which_role(lab: Lab) -> None:
+    """Clients 1 and 3 can do both roles."""
+
+    class Half(Pair):
+        def loss(self, net: Net, *rest: Any) -> Any:
+            if net.name == "lenet5":
+                raise ValueError("no")
+            return super().loss(net, *rest)
+
+    with pytest.raises(WorkFailed, match="client 1 in round 0: as large: ValueError: no"):
+        lab.run(Half())
+
+
+@pytest.mark.parametrize("how", ["nobody there", "all drop out", "all skipped"])
+def test_rounds_from_which_nothing_comes_back(lab: Lab, tmp_path: Path, how: str) -> None:
+    """Rounds 1, 2 and 4 of 6 are empty: three events, and the model of round 0 is evaluated again in 1 and 2."""
+    trial: dict[str, Any] = {"rounds": 6, "faults": {"empty_rounds": 3}}
+    server = lab.server(empty(lab, tmp_path, how, {1, 2, 4}, **trial))
+    while not server.done:
+        server.step()
+    assert [key for key in told(server) if key[0] == "empty_round"] == [("empty_round", r, None) for r in (1, 2, 4)]
+    losses = [row["loss"] for row in server.rounds]
+    assert losses[0] == losses[1] == losses[2] != losses[3] == losses[4] != losses[5]
+
+
+@pytest.mark.parametrize("how", ["nobody there", "all drop out", "all skipped"])
+def test_too_many_empty_rounds_end_the_trial(lab: Lab, tmp_path: Path, how: str) -> None:
+    server = lab.server(empty(lab, tmp_path, how, {1, 3, 4}, rounds=6, faults={"empty_rounds": 2}))
+    with pytest.raises(NoUpdates, match="no update came back in 2 rounds in a row, rounds 3 to 4"):
+        while not server.done:
+            server.step()
+    assert [row["round"] for row in server.rounds] == [0, 1, 2, 3, 4]
+
+
+def empty(lab: Lab, folder: Path, how: str, empty_ones: set[int], **trial: Any) -> Setup:
+    """A trial of which these rounds are empty."""
+    if how == "all skipped":
+        trial["faults"] |= {"client": "skip"}
+
+        class Never(FedAvg):
+            def reply(self, trained: Trained) -> tuple[Tree, Tree]:
+                if trained.round in empty_ones:
+                    raise ValueError("no")
+                return super().reply(trained)
+
+        return lab.setup(Never(), **trial)
+    if how == "all drop out":
+
+        def roster(seed: int, cohort: Cohort, how: Any) -> cohorts.Roster:
+            gone = cohort.visits if cohort.round in empty_ones else ()
+            return cohorts.Roster(cohort, frozenset(gone), dict.fromkeys(cohort.visits, 1.0))
+
+        lab.patch.setattr("harness.server.draw_roster", roster)
+        return lab.setup("fedavg", **trial)
+    there = [(r, k) for r in range(6) if r not in empty_ones for k in range(4)]
+    pd.DataFrame(there, columns=["round", "client"]).to_parquet(folder / "trace.parquet")
+    pattern = {"pattern": "trace", "trace": str(folder / "trace.parquet")}
+    setup = lab.setup("fedavg", availability=pattern, **trial)
+    return replace(setup, trace=cohorts.read_trace(folder / "trace.parquet", 4)[0])
+
+
+def test_events_and_empty_rounds_go_on_from_a_snapshot(lab: Lab, tmp_path: Path) -> None:
+    """Stopped after the first of two empty rounds in a row, the second one still ends the trial."""
+    setup = empty(lab, tmp_path, "all skipped", {1, 2}, rounds=6, faults={"empty_rounds": 2})
+    first = lab.server(setup)
+    first.step()
+    first.step()
+    second = lab.server(setup)
+    second.restore(unpack(pack(first.snapshot())))
+    assert second.events == first.events != []
+    with pytest.raises(NoUpdates):
+        second.step()
+    assert told(second)[-1] == ("empty_round", 2, None)
+
+
+def test_events_say_when(lab: Lab) -> None:
+    before = datetime.now(UTC)
+    server = lab.run(Unlucky(), rounds=3, faults={"nonfinite": "skip"})
+    (only,) = server.events
+    assert list(only) == ["time", "kind", "round", "client", "detail"]
+    assert before - timedelta(seconds=1) < datetime.fromisoformat(only["time"]) <= datetime.now(UTC)
+
+
+# ---- clients with little to learn from
 
 
 def test_clients_without_rows_are_never_picked(lab: Lab) -> None:
