@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import cards, config, overrides, registry
-from harness.config import Execution, Partition, Trial
+from harness import cards, config, overrides, registry, searches
+from harness.config import Execution, Trial
 from harness.overrides import Setting, Target
+from harness.plan import MOST_CELLS, Plan, Ranges, axes_of, located, refuse_unread
+from harness.plan import cells as plan_cells
 from harness.refusal import Refused, unknown
 from harness.settings import Unfit, check
+from harness.space import SearchPlan
 
-MOST_CELLS = 100_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_TABLES = ("name", "title", "methods", "seeds", "base", "hyper", "grid", "execution")
+_TABLES = ("name", "title", "methods", "seeds", "base", "hyper", "grid", "search", "execution")
 # Each of these follows from the other, so setting one takes back what an earlier layer said of the other.
 _EXCLUSIVE = {"cohort": "participation", "participation": "cohort"}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Trials that belong together. axes: the keys that vary between them, beside method and seed."""
+    """Trials that belong together. axes: the keys that vary between them, beside method and seed.
+
+    search: what is searched for, if anything is; `cells` are then those of methods that nothing is searched for with.
+    """
 
     name: str
     title: str
     cells: tuple[Trial, ...]
     axes: tuple[str, ...]
     execution: Execution
+    search: SearchPlan | None = None
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """A sweep before its cells are built. settings: full key -> values, in the order they were written."""
+class _Card:
+    """What a card's tables say. grid: the keys of its grid."""
 
-    methods: Setting
-    seeds: Setting
-    settings: Mapping[str, Setting]
-    known: Mapping[str, Target]
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    ranges: Ranges = field(default_factory=dict)
+    grid: frozenset[str] = frozenset()
 
 
 def load_sweep(card: str | Path, texts: Sequence[str] = ()) -> Sweep:
@@ -66,8 +68,8 @@ def load_sweep(card: str | Path, texts: Sequence[str] = ()) -> Sweep:
     if not listed.values and methods is None:
         raise Refused(f"{path.name}: no methods; write methods = [...] with some of {', '.join(registry.names())}")
     _check_methods(listed)
-    settings = _card_settings(raw, path, overrides.targets(listed.values))
-    return _build(name, title, methods or listed, seeds or counted, settings, given)
+    written = _read(raw, path, listed.values)
+    return _build(name, title, methods or listed, seeds or counted, written, given)
 
 
 def run_sweep(method: str, texts: Sequence[str] = ()) -> Sweep:
@@ -78,7 +80,7 @@ def run_sweep(method: str, texts: Sequence[str] = ()) -> Sweep:
     chosen = Setting("methods", (method,), f"method {method!r}"[:80])
     _check_methods(chosen)
     name = checked_name(f"run-{registry.label(method)}", chosen.source)
-    return _build(name, "", chosen, seeds or Setting("seeds", (0,), "default"), {}, given)
+    return _build(name, "", chosen, seeds or Setting("seeds", (0,), "default"), _Card(), given)
 
 
 def resolve_setting(texts: Sequence[str] = ()) -> Trial:
@@ -140,6 +142,20 @@ def _check_methods(methods: Setting) -> None:
             raise Refused(f"{methods.source}: two methods are called {registry.label(method)!r}")
 
 
+def _read(raw: Mapping[str, Any], path: Path, methods: Sequence[str]) -> _Card:
+    """The settings and ranges of a card's tables. Raises Refused."""
+    known = overrides.targets(methods)
+    settings = _card_settings(raw, path, known)
+    grid = frozenset(overrides.flatten(raw.get("grid", {}), f"{path.name}: [grid]"))
+    found, ranges = searches.read(raw.get("search", {}), path, methods, known)
+    for (_, key), one in ranges.items():
+        if key in grid:
+            raise Refused(f"{one.source}: {key} is an axis already at {settings[key].source}: search it or list it")
+    if "search" in raw and not ranges:
+        raise Refused(f"{cards.place(path, 'search')}: a search needs ranges: write them in [search.space]")
+    return _Card({**settings, **found}, ranges, grid)
+
+
 def _card_settings(raw: Mapping[str, Any], path: Path, known: Mapping[str, Target]) -> dict[str, Setting]:
     """The settings of a card's tables under their full keys."""
     settings: dict[str, Setting] = {}
@@ -170,102 +186,46 @@ def _card_settings(raw: Mapping[str, Any], path: Path, known: Mapping[str, Targe
 
 
 def _build(
-    name: str, title: str, methods: Setting, seeds: Setting, settings: dict[str, Setting], given: list[Setting]
+    name: str, title: str, methods: Setting, seeds: Setting, written: _Card, given: Sequence[Setting]
 ) -> Sweep:
-    known = overrides.targets(methods.values)
-    settings = {key: s for key, s in settings.items() if key in known}  # those of methods that are not run fall away
-    own: dict[str, Setting] = {}
-    for setting in (overrides.match(g, known) for g in given):
-        if setting.key in own:
-            raise Refused(f"{setting.source}: {setting.key} is set twice, first by {own[setting.key].source}")
-        own[setting.key] = setting
+    known = overrides.targets(methods.values) | (searches.TARGETS if written.ranges else {})
+    own = _own(given, known)
+    # What belongs to methods that are not run falls away; so do ranges of what is set on the command line.
+    settings = {key: s for key, s in written.settings.items() if key in known}
+    owners = {"", *map(registry.label, methods.values)}
+    ranges = {
+        at: one for at, one in written.ranges.items() if at[0] in owners and at[1] in known and at[1] not in own
+    }
+    if not ranges and (vain := [s for key, s in own.items() if key in searches.TARGETS]):
+        raise Refused(f"{vain[0].source}: nothing is left to search for with these methods and settings")
     for key in own:
         settings.pop(_EXCLUSIVE.get(key, ""), None)
-    plan = _Plan(methods, seeds, {**settings, **own}, known)
+    plan = Plan(methods, seeds, {**settings, **own}, known, ranges, written.grid)
+    search = searches.planned(plan, own) if ranges else None
     execution = _execution(plan)
-    cells = tuple({config.digest(cell): cell for cell in _cells(plan)}.values())
+    cells = tuple({config.digest(cell): cell for cell in plan_cells(plan)}.values())
+    every = (*cells, *(group.prototype for group in (search.groups if search else ())))
     # A card may set what only some kinds read and be run with another kind; then only the overrides must count.
-    _refuse_unread(own if own.keys() & {"partition.kind", "partition.shift"} else plan.settings, cells)
-    return Sweep(name, title, cells, _axes(plan, cells), execution)
+    refuse_unread(own if own.keys() & {"partition.kind", "partition.shift"} else plan.settings, every)
+    return Sweep(name, title, cells, axes_of(plan, every), execution, search)
 
 
-def _execution(plan: _Plan) -> Execution:
-    chosen = {key: s for key, s in plan.settings.items() if plan.known[key].scope == "execution"}
+def _own(given: Sequence[Setting], known: Mapping[str, Target]) -> dict[str, Setting]:
+    """The overrides under their full keys."""
+    own: dict[str, Setting] = {}
+    for setting in given:
+        if setting.key.startswith("search.") and not known.keys() & searches.TARGETS.keys():
+            raise Refused(f"{setting.source}: there is no search here: only a card has one, with [search.space]")
+        found = overrides.match(setting, known)
+        if found.key in own:
+            raise Refused(f"{found.source}: {found.key} is set twice, first by {own[found.key].source}")
+        own[found.key] = found
+    return own
+
+
+def _execution(plan: Plan) -> Execution:
+    chosen = plan.scope("execution")
     try:
         return check(Execution, {plan.known[key].path[0]: s.one for key, s in chosen.items()}, "execution.")
     except Unfit as error:
-        raise _located(error, chosen) from error
-
-
-def _cells(plan: _Plan) -> Iterator[Trial]:
-    """Every trial, settings first, then seeds, then methods: a sweep that is stopped has whole comparisons."""
-    common = {key: s for key, s in plan.settings.items() if plan.known[key].scope == "trial"}
-    own = {
-        method: {key: s for key, s in plan.settings.items() if plan.known[key].method == method}
-        for method in plan.methods.values
-    }
-    if not plan.methods.values or not plan.seeds.values:
-        raise Refused(f"{(plan.seeds if plan.methods.values else plan.methods).source}: at least one is needed")
-    variants = sum(prod(len(s.values) for s in settings.values()) for settings in own.values())
-    count = prod(len(s.values) for s in common.values()) * len(plan.seeds.values) * variants
-    if count > MOST_CELLS:
-        raise Refused(f"seeds, methods and axes make more than {MOST_CELLS} trials, the most of a sweep: split it")
-    for chosen in product(*(s.values for s in common.values())):
-        trial = _nested(plan, dict(zip(common, chosen, strict=True)))
-        for seed, method in product(plan.seeds.values, plan.methods.values):
-            for hypers in product(*(s.values for s in own[method].values())):
-                hyper = {plan.known[key].path[0]: v for key, v in zip(own[method], hypers, strict=True)}
-                try:
-                    yield config.resolve({**trial, "method": method, "seed": seed, "hyper": hyper})
-                except Unfit as error:
-                    raise _located(error, {**common, **own[method], "seed": plan.seeds}) from error
-
-
-def _nested(plan: _Plan, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"local.lr": 0.1} -> {"local": {"lr": 0.1}}; no setting lies deeper than that."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *table, name = plan.known[key].path
-        (nested.setdefault(table[0], {}) if table else nested)[name] = value
-    return nested
-
-
-def _located(error: Unfit, settings: Mapping[str, Setting]) -> Refused:
-    """The refusal with the place where the key was set. Without a key of its own (a method's check): by its words."""
-    if error.key == "hyper" or error.key.startswith("hyper."):
-        words = [error.key.removeprefix("hyper.")] if "." in error.key else re.findall(r"\w+", str(error))
-        sources = [s.source for key, s in settings.items() if key.rpartition(".")[2] in words]
-    else:
-        sources = [settings[error.key].source] if error.key in settings else []
-    return Refused(": ".join((*sources[:1], str(error))))
-
-
-def _refuse_unread(settings: Mapping[str, Setting], cells: Sequence[Trial]) -> None:
-    """A partition field that is set although no cell's kind reads it is a mistake, not a setting."""
-    for key, setting in settings.items():
-        table, _, name = key.partition(".")
-        if table == "partition" and all(name in cell.partition.unread() for cell in cells):
-            kinds = ", ".join(sorted({cell.partition.kind for cell in cells}))
-            readers = Partition.READ_BY.get(name, ("any kind, with partition.shift=rotation or noise",))
-            raise Refused(
-                f"{setting.source}: {key} changes nothing with {kinds}; read by {', '.join(sorted(readers))}"
-            )
-
-
-def _axes(plan: _Plan, cells: Sequence[Trial]) -> tuple[str, ...]:
-    """The keys with several values that differ in the cells after all is resolved."""
-
-    def differs(key: str) -> bool:
-        target, seen = plan.known[key], set()
-        for cell in cells:
-            settings = cell.model_dump(mode="json")
-            if target.scope == "hyper":
-                if registry.label(cell.method) != registry.label(target.method):
-                    continue
-                settings = settings["hyper"]
-            for part in target.path:
-                settings = settings[part]
-            seen.add(json.dumps(settings))
-        return len(seen) > 1
-
-    return tuple(key for key, s in plan.settings.items() if len(s.values) > 1 and differs(key))
+        raise located(error, chosen) from error

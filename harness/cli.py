@@ -110,6 +110,8 @@ def _run(planned: Sweep, results: Path | None) -> None:
     from harness.progress import Display, console
     from harness.sweep import run as run_cells
 
+    if planned.search is not None:
+        raise Refused(f"sweep {planned.name} has a search, and there is nothing here yet that runs one")
     folder = (results or Path("results") / planned.name).resolve()
     out = console()
     with Display(out, planned.axes) as display:

@@ -22,7 +22,7 @@ _QUOTED = re.compile(r""""(?:[^"\\\n]|\\.)*"|'[^'\n]*'""")
 class Target:
     """What a key sets. path: the way to it inside a trial or the execution settings."""
 
-    scope: Literal["trial", "execution", "hyper"]
+    scope: Literal["trial", "execution", "hyper", "search"]
     path: tuple[str, ...]
     method: str = ""  # of a hyper-parameter
 

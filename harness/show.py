@@ -120,9 +120,19 @@ def _sweeps(name: str | None) -> None:
     planned = axes.load_sweep(name)
     page = console()
     axes_named = ", ".join(planned.axes) or "none"
-    page.print(f"{name}: {planned.title}\n{len(planned.cells)} trials; axes: {axes_named}\n", highlight=False)
+    page.print(f"{name}: {planned.title}\n{_size(planned)}; axes: {axes_named}\n", highlight=False)
     page.print(cards.find("sweeps", name).read_text(encoding="utf-8"), highlight=False, markup=False)
     return None
+
+
+def _size(planned: axes.Sweep) -> str:
+    """The trials of a sweep, and those of its searches, each group of which has as many."""
+    if planned.search is None:
+        return f"{len(planned.cells)} trials"
+    how, groups = planned.search.how, [group for group in planned.search.groups if group.dimensions]
+    finals = sum(len(group.seeds) for group in groups) + len(planned.cells)
+    each = f"{how.trials} trials each, {how.sampler} and {how.scheduler}"
+    return f"{len(groups)} searches of {each}; then {finals} final trials"
 
 
 PAGES: dict[str, Callable[[str | None], None]] = {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
-from harness.record import Row
-
+Row = Mapping[str, Any]
 WINDOW = 10  # rounds of the headline's mean
 
 
@@ -24,16 +24,16 @@ def headline(rounds: Iterable[Row], targets: Sequence[float] = ()) -> dict[str, 
     columns: dict[str, float | int | None] = {}
     for role in dict.fromkeys(str(row["role"]) for row in rows):
         own = [row for row in rows if row["role"] == role]
-        curve = _curve(own, "accuracy")
+        curve = curve_of(own, "accuracy")
         columns |= {
-            f"{role}_accuracy_last10": _last_mean(curve),
+            f"{role}_accuracy_last10": last_mean(curve),
             f"{role}_accuracy_last": curve[-1][1] if curve else None,
             f"{role}_accuracy_best": max(value for _, value in curve) if curve else None,
             f"{role}_accuracy_auc": _area(curve),
-            f"{role}_balanced_accuracy_last10": _last_mean(_curve(own, "balanced_accuracy")),
-            f"{role}_own_label_accuracy_last10": _last_mean(_curve(own, "own_label_accuracy")),
+            f"{role}_balanced_accuracy_last10": last_mean(curve_of(own, "balanced_accuracy")),
+            f"{role}_own_label_accuracy_last10": last_mean(curve_of(own, "own_label_accuracy")),
         }
-        if (held := _last_mean(_curve(own, "validation_accuracy"))) is not None:
+        if (held := last_mean(curve_of(own, "validation_accuracy"))) is not None:
             columns[f"{role}_validation_accuracy_last10"] = held
         for target in targets:
             hit = next((at for at, value in curve if value >= target), None)
@@ -43,13 +43,14 @@ def headline(rounds: Iterable[Row], targets: Sequence[float] = ()) -> dict[str, 
     return columns
 
 
-def _curve(rows: Iterable[Row], metric: str) -> list[tuple[int, float]]:
+def curve_of(rows: Iterable[Row], metric: str) -> list[tuple[int, float]]:
     """(round, value) of the evaluated rounds; a value that is None or NaN (a null that passed pandas) was not."""
     pairs = ((int(row["round"]), row.get(metric)) for row in rows)
     return [(at, float(value)) for at, value in pairs if value is not None and value == value]
 
 
-def _last_mean(curve: Sequence[tuple[int, float]]) -> float | None:
+def last_mean(curve: Sequence[tuple[int, float]]) -> float | None:
+    """The mean over the last rounds up to the last evaluated one; those of them that were evaluated."""
     return fmean(value for at, value in curve if at > curve[-1][0] - WINDOW) if curve else None
 
 

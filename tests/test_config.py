@@ -707,6 +707,13 @@ LINES += [
     "hyper.kdia = 1",
     '"kdia.tau" = [true]',
     "x = 2020-01-01",
+    "search = 1",
+    "[search]",
+    "[search.space]",
+    "[search.kdia]",
+    '"local.lr" = { uniform = [0.1, 1] }',
+    "tau = { choice = [1.0, 2020-01-01] }",
+    "holdout = { validation = 0.1 }",
     "[",
     "title = 1",
 ]

@@ -18,12 +18,13 @@ METHODS = sorted(p for p in (ROOT / "algorithms").glob("*.py") if p.name != "__i
 
 # A module imports only those above it.
 ORDER = """
-    refusal durable lock
+    refusal durable lock summary
     trees losses mixes layers zoo nets protocol descent peers
-    registry cards settings sections hypers schedule cohorts config overrides axes
+    registry cards settings sections hypers schedule cohorts config overrides
+    space plan searches axes
     formats text sources data deals partitions batches fit evaluate
     work host books checkpoint scoring server actors pool trial cluster
-    record summary tracking scribe sweep
+    record tracking scribe sweep
     places inference metrics cells caveats statistics tables plots board
     progress catalogue watch rig probes check show cli
 """.split()  # noqa: SIM905
@@ -32,7 +33,7 @@ ONLY_IN = {
     "pyarrow": {"record"},
     "mlflow": {"tracking"},
 }
-LAZY = {"sklearn", "torchvision", "matplotlib", "mlflow", "PIL"}  # slow: imported inside functions
+LAZY = {"sklearn", "torchvision", "matplotlib", "mlflow", "optuna", "PIL"}  # slow: imported inside functions
 TORCH_FREE = (
     "refusal",
     "durable",

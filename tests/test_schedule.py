@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 from harness import axes, config, schedule
 from harness.checkpoint import pack, unpack
@@ -30,6 +31,13 @@ BASICS = {
     "local": {"epochs": 1, "batch": 16, "lr": 0.05, "lr_decay": 0.9},
     "net": "mlp",
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def denormals() -> Iterator[None]:
+    """Hosts in this process have denormal numbers flushed to zero; other tests need them."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 def trial(*texts: str, method: str = "kdia", **more: Any) -> config.Trial:
