@@ -138,11 +138,12 @@ def _method(trial: Trial) -> tuple[str, str]:
         if not trial.method.endswith(".py"):
             return trial.method, ""
         path = Path(trial.method).resolve()
-        source = hashlib.sha256(path.read_bytes()).hexdigest()
+        source = hashlib.sha256(registry.text(trial.method)).hexdigest()
     except (Refused, OSError) as error:
         raise Unfit("method", str(error)) from error
     if trial.source not in ("", source):
         raise Unfit("method", f"the method file {path} is not the one of this trial any more: its content changed")
+    registry.pin(str(path), source)
     return str(path), source
 
 

@@ -60,6 +60,10 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.live.stop()
 
+    def note(self, text: str) -> None:
+        """Shows a line."""
+        self.console.print(text, highlight=False, markup=False)
+
     def begin(self, todo: Sequence[Trial], done: int) -> None:
         """Shows the size of the work."""
         self.todo, self.rounds = len(todo), sum(cell.rounds for cell in todo)

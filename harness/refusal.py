@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class Refused(ValueError):
-    """Input that cannot be served. Its text is one line for the user; the command prints it and exits with 2."""
+    """Input that cannot be served. Its text is one line for the user; the command prints it and exits with 2.
+
+    Passwords in addresses are left out of it: such a line may end up in a log that others read.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(_without_passwords(" ".join(message.split())))
+
+
+def masked(text: str) -> str:
+    """The text with the credentials of every address in it, and every password or token that is set, as ***."""
+    secret = r"(?i)\b([\w-]*(?:password|passwd|token|secret|key)=)[^&\s'\")]+"
+    return re.sub(secret, r"\1***", _without_passwords(text))
+
+
+def _without_passwords(text: str) -> str:
+    return re.sub(r"(?<![\w/])[\w.+-]*:[^\s@/'\"]+@", "***@", re.sub(r"://\S*@", "://***@", text))
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.abc
 import importlib.util
 import inspect
 import sys
@@ -15,6 +17,10 @@ from typing import Any
 
 from harness.protocol import Algorithm
 from harness.refusal import Refused, unknown
+
+SENT = Path(__file__).with_name("_methods")  # on the nodes of a cluster: users' files, sent along with this code
+_pinned: dict[str, str] = {}  # path -> sha256 of the content that it stands for
+_texts: dict[str, bytes] = {}  # sha256 -> content of the files read so far
 
 
 def names() -> list[str]:
@@ -30,14 +36,35 @@ def label(name: str) -> str:
     return Path(name).stem.replace("_", "-") if name.endswith(".py") else name
 
 
-@lru_cache
 def load(name: str) -> type[Algorithm]:
     """The class behind a name or a path to a .py file. Raises Refused with the nearest name."""
     if name.endswith(".py"):
-        return _method_of(_module_of(Path(name)), name)
-    if name not in names():
-        raise unknown("method", name, names())
-    return _method_of(importlib.import_module(f"algorithms.{name.replace('-', '_')}"), name)
+        return _of_text(name, text(name, _pinned.get(name, "")))
+    return _shipped(name)
+
+
+def text(name: str, source: str = "") -> bytes:
+    """The content of a method file. source: its sha256 (hex), where it has to be that one.
+
+    Then it may also have been read before, or have come along: other nodes do not have the driver's paths.
+    """
+    if source in _texts:
+        return _texts[source]
+    sent = SENT / f"{source}.py"
+    path = sent if source and sent.is_file() else Path(name)
+    if not path.is_file():
+        raise Refused(f"no method file {str(path)!r}: give the path of an existing .py file, or one of {names()}")
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if source not in ("", found):
+        raise Refused(f"the method file {path} is not the one of this trial any more: its content changed")
+    return _texts.setdefault(found, content)
+
+
+def pin(name: str, source: str) -> None:
+    """From now on a path stands for the content with this sha256, in this process. Nothing for shipped methods."""
+    if source:
+        _pinned[name] = source
 
 
 def make(name: str, hyper: Mapping[str, Any]) -> Algorithm:
@@ -50,18 +77,38 @@ def make(name: str, hyper: Mapping[str, Any]) -> Algorithm:
     return method(**{k: tuple(v) if isinstance(v, list) else v for k, v in hyper.items()})
 
 
-def _module_of(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise Refused(f"no method file {str(path)!r}: give the path of an existing .py file, or one of {names()}")
-    spec = importlib.util.spec_from_file_location(f"fedstill_user_{path.stem}", path)
+@lru_cache
+def _shipped(name: str) -> type[Algorithm]:
+    if name not in names():
+        raise unknown("method", name, names())
+    return _method_of(importlib.import_module(f"algorithms.{name.replace('-', '_')}"), name)
+
+
+@lru_cache
+def _of_text(name: str, content: bytes) -> type[Algorithm]:
+    """The class in a file of this content."""
+    spec = importlib.util.spec_from_loader(f"fedstill_user_{Path(name).stem}", _Text(name, content))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise Refused(f"the method file {path} does not import: {type(error).__name__}: {error}") from error
-    return module
+        raise Refused(f"the method file {name} does not import: {type(error).__name__}: {error}") from error
+    return _method_of(module, name)
+
+
+class _Text(importlib.abc.ExecutionLoader):
+    """Imports a file from content that was read, and hashed, before."""
+
+    def __init__(self, path: str, content: bytes) -> None:
+        self.path, self.content = path, content
+
+    def get_filename(self, fullname: str) -> str:
+        return self.path
+
+    def get_source(self, fullname: str) -> str:
+        return importlib.util.decode_source(self.content)
 
 
 def _method_of(module: ModuleType, name: str) -> type[Algorithm]:

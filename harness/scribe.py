@@ -31,6 +31,9 @@ _BARE = re.compile(r"(?!(?:true|false|inf|nan)$)[A-Za-z_][\w./+-]*")  # texts th
 class Watcher(Protocol):
     """Who is told how a sweep goes."""
 
+    def note(self, text: str) -> None:
+        """Something about the whole sweep that the user should know, such as where it runs."""
+
     def begin(self, todo: Sequence[Trial], done: int) -> None:
         """Before the first trial: those to run, and how many were there already."""
 

@@ -36,9 +36,9 @@ def run(sweep: Sweep, results: Path, watcher: Watcher) -> Outcome:
     """
     how, mine, tracker = sweep.execution, not ray.is_initialized(), None
     try:
-        if mine and how.address:
-            cluster.start(how)
-        cluster.check_room(how, ray.cluster_resources() if ray.is_initialized() else cluster.machine())
+        if mine and cluster.address(how):
+            watcher.note(cluster.start(how, sweep.cells))
+        cluster.check_room(how, cluster.supply())
         over = _over(results)
         todo = [cell for cell in sweep.cells if trial_id(cell) not in over]
         outcome = Outcome(results, already=len(sweep.cells) - len(todo))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.record import SCHEMAS, Row, Store, flatten
+from harness.refusal import masked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -198,12 +199,6 @@ class Tracker:
 def default_uri(results: Path | str) -> str:
     """The SQLite file `mlflow.db` beside the results folder; several sweeps share it."""
     return f"sqlite:///{Path(results).resolve().parent / 'mlflow.db'}"
-
-
-def masked(text: str) -> str:
-    """The text with the credentials of every URI in it replaced by ***."""
-    text = re.sub(r"://\S*@", "://***@", text)
-    return re.sub(r"(?i)\b([\w-]*(?:password|passwd|token|secret|key)=)[^&\s'\")]+", r"\1***", text)
 
 
 def _connect(uri: str) -> MlflowClient:

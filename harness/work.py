@@ -108,6 +108,7 @@ class Stages:
     """The stages of a trial, each made once."""
 
     def __init__(self, setup: Setup) -> None:
+        registry.pin(setup.trial.method, setup.trial.source)
         self.setup = setup
         self.starts = tuple(schedule.parse(text).round for text in setup.trial.schedule)
         self._made: dict[int, Stage] = {}
@@ -177,6 +178,7 @@ def make_setup(
 
     other: the data set that the proxy rows come from where that is another one: drawn from its training rows.
     """
+    registry.pin(trial.method, trial.source)
     split = divide(arrays.y_train, card(trial.dataset).classes, trial, arrays.domains_train)
     proxy = None
     if other is not None:

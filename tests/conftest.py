@@ -261,11 +261,15 @@ class Diary:
     """A `sweep.Watcher` that keeps what it was told."""
 
     def __init__(self) -> None:
+        self.notes: list[str] = []
         self.todo: list[str] = []
         self.already = 0
         self.started: list[str] = []
         self.rounds: list[tuple[str, int, float | None]] = []
         self.ended: list[Mapping[str, Any]] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def begin(self, todo: Sequence[config.Trial], done: int) -> None:
         self.todo, self.already = [cell.method for cell in todo], done

@@ -23,7 +23,8 @@ ORDER = """
     registry cards settings sections hypers schedule cohorts config overrides
     space plan searches axes
     formats text sources data deals partitions batches fit evaluate
-    work host books checkpoint scoring server actors pool trial cluster
+    work host books checkpoint scoring server actors pool trial
+    room cluster
     record tracking scribe sweep
     places inference metrics cells caveats statistics tables plots board
     progress catalogue watch rig probes check show cli
