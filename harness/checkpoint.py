@@ -100,6 +100,10 @@ class Shelf:
             warnings.append(f"checkpoint {file} is damaged: its content does not have the hash in its name")
         return None, warnings
 
+    def names(self) -> list[str]:
+        """The trials that have any."""
+        return sorted(folder.name for folder in self.path.glob("*") if folder.is_dir())
+
     def drop(self, trial_id: str) -> None:
         """Takes a trial's checkpoints away, once its row is there."""
         shutil.rmtree(self.path / trial_id, ignore_errors=True)

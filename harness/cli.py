@@ -31,17 +31,24 @@ Results = Annotated[
     typer.Option(help="folder for trials/, rounds/ and clients/; default results/<sweep's name>"),
 ]
 
+Fresh = Annotated[bool, typer.Option("--fresh", help="throw away what this sweep has left there, and start over")]
+Drift = Annotated[
+    bool, typer.Option("--allow-drift", help="go on from checkpoints of other package versions; the row says so")
+]
+
 
 @app.command()
 def sweep(
     card: Annotated[str, typer.Argument(help="a shipped card (fedstill show sweeps) or a .toml file")],
     overrides: Overrides = None,
     results: Results = None,
+    fresh: Fresh = False,
+    allow_drift: Drift = False,
 ) -> None:
     """Run every trial of a card that has no row yet, and print the leaderboard."""
     from harness.axes import load_sweep
 
-    _run(load_sweep(card, overrides or []), results)
+    _run(load_sweep(card, [*(overrides or []), *_drift(allow_drift)]), results, fresh)
 
 
 @app.command()
@@ -49,11 +56,13 @@ def run(
     method: Annotated[str, typer.Argument(help="a method (fedstill show methods) or a path to its .py file")],
     overrides: Overrides = None,
     results: Results = None,
+    fresh: Fresh = False,
+    allow_drift: Drift = False,
 ) -> None:
     """Run one method with the settings given: a sweep of one cell, or more where a setting has commas."""
     from harness.axes import run_sweep
 
-    _run(run_sweep(method, overrides or []), results)
+    _run(run_sweep(method, [*(overrides or []), *_drift(allow_drift)]), results, fresh)
 
 
 @app.command()
@@ -106,7 +115,11 @@ def show(
     PAGES[what](name)
 
 
-def _run(planned: Sweep, results: Path | None) -> None:
+def _drift(allowed: bool) -> list[str]:
+    return ["execution.allow_drift=true"] if allowed else []
+
+
+def _run(planned: Sweep, results: Path | None, fresh: bool) -> None:
     from harness.progress import Display, console
     from harness.sweep import run as run_cells
 
@@ -116,7 +129,7 @@ def _run(planned: Sweep, results: Path | None) -> None:
     out = console()
     with Display(out, planned.axes) as display:
         try:
-            outcome = run_cells(planned, folder, display)
+            outcome = run_cells(planned, folder, display, fresh)
         except KeyboardInterrupt:
             out.print("Interrupted. What has ended is kept: the same command goes on.", style="yellow")
             raise
@@ -158,15 +171,25 @@ def _print_board(results: Path, metric: str, baseline: str | None = None) -> Non
     out.print(f"Written to {boards.write(results, metric, baseline)}", highlight=False, markup=False, soft_wrap=True)
 
 
+_ended_by: list[int] = []  # signals other than Ctrl-C
+
+
+def _terminate(number: int, _: object) -> None:
+    """SIGTERM ends a sweep just as Ctrl-C does."""
+    _ended_by.append(number)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point. Refused input: one line on stderr, exit code 2. Failed trials: 1. Ctrl-C: 130; SIGTERM: 143."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _terminate)
     words = sys.argv[1:] or ["--help"]
     commands = [c.callback.__name__ for c in app.registered_commands if c.callback]
     try:
         if not words[0].startswith("-") and words[0] not in commands:
             raise unknown("command", words[0], commands)
-        sys.exit(app(words, standalone_mode=False))
+        code = app(words, standalone_mode=False)
+        sys.exit(128 + _ended_by[0] if _ended_by else code)
     except Refused as refusal:
         said = str(refusal)
     except Misused as error:
@@ -175,7 +198,7 @@ def main() -> None:
     except OSError as problem:  # such as a name too long for the file system, or a full disk
         said = str(problem)
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+        sys.exit(128 + _ended_by[0] if _ended_by else 130)
     print(f"fedstill: {said}", file=sys.stderr)
     sys.exit(2)
 

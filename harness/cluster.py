@@ -8,9 +8,11 @@ import os
 import platform
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -57,7 +59,7 @@ def start(how: Execution, cells: Iterable[Trial] = ()) -> str:
     os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
     if ray.is_initialized():
         return ""
-    there, told = address(how), ""
+    there, told, ends = address(how), "", signal.getsignal(signal.SIGTERM)
     if there:
         key = "execution.address" if how.address else "RAY_ADDRESS"
         try:
@@ -70,6 +72,8 @@ def start(how: Execution, cells: Iterable[Trial] = ()) -> str:
     else:
         with _alone():
             ray.init("local", include_dashboard=False, **QUIET)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ends)  # Ray's own handler aborts this process, and leaves its children behind
     check_room(how, supply())
     if there:
         _check_nodes(how)
@@ -183,7 +187,7 @@ def _alone() -> Iterator[None]:
     """Lets Ray listen on the loopback interface only, and take work only from those who have its token."""
     constants: Any = sys.modules.get("ray._private.ray_constants")
     before = getattr(constants, "ENABLE_RAY_CLUSTER", True)
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Ray asks for a token by itself, unless RAY_AUTH_MODE says otherwise; set here, it would come too late for it.
     has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     if not has_token and not Path("~/.ray/auth_token").expanduser().exists():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would write one into the home folder

@@ -64,12 +64,12 @@ class Display:
         """Shows a line."""
         self.console.print(text, highlight=False, markup=False)
 
-    def begin(self, todo: Sequence[Trial], done: int) -> None:
+    def begin(self, trials: int, rounds: int, done: int) -> None:
         """Shows the size of the work."""
-        self.todo, self.rounds = len(todo), sum(cell.rounds for cell in todo)
+        self.todo, self.rounds = trials, rounds
         there = f", {done} already there" if done else ""
-        self.console.print(f"{_count(len(todo), 'trial')} to run{there}.", highlight=False)
-        if todo and self.console.is_terminal:
+        self.console.print(f"{_count(trials, 'trial')} to run{there}.", highlight=False)
+        if trials and self.console.is_terminal:
             self.live.start()
 
     def start(self, trial: Trial) -> None:
@@ -84,6 +84,10 @@ class Display:
         if not self.console.is_terminal and now - self.spoke > PLAIN_EVERY_S:
             self.spoke = now
             self.console.print(self._summary(), highlight=False)
+
+    def rest(self, trial: Trial) -> None:
+        """Takes a trial off that will come back."""
+        self.running.pop(trial_id(trial), None)
 
     def end(self, trial: Trial, row: Mapping[str, Any]) -> None:
         """Takes a trial off; says why if it failed."""

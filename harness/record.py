@@ -116,6 +116,12 @@ class Store:
                 (self.path / table).mkdir(exist_ok=True)
                 write(self.path / table / f"{trial_id}.parquet", _encode(SCHEMAS[table], rows))
 
+    def discard(self, names: Sequence[str]) -> None:
+        """Takes trials out of all tables; the rows of `trials` first, so that no reader sees a part of one."""
+        for table in reversed(TABLES):
+            for name in names:
+                (self.path / table / f"{name}.parquet").unlink(missing_ok=True)
+
     def finished(self) -> dict[str, str]:
         """Status (done, failed, stopped) of every trial that has a row, by trial id."""
         return {row["trial_id"]: row["status"] for row in self._table("trials").to_pylist()}

@@ -120,10 +120,13 @@ class Server:
         """All that a server needs to go on from here, bit for bit: what `checkpoint.pack` takes."""
         self.flush()
         memories = [[v.client, v.role, self.pool.fetch(handle)] for v, handle in sorted(self.memories.items())]
-        self.events += self.pool.drain()
-        tables = {"rounds": self.rounds, "clients": self.clients, "events": self.events}
         more = {"proxy_holders": self.proxy_holders, "empty": self._empty}
-        return {"round": self.round, "state": self.state, "memories": memories, **tables, **more}
+        return {"round": self.round, "state": self.state, "memories": memories, **self.tables(), **more}
+
+    def tables(self) -> dict[str, Any]:
+        """All rows so far, by table."""
+        self.events += self.pool.drain()
+        return {"rounds": self.rounds, "clients": self.clients, "events": self.events}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Goes back to a snapshot of the same trial."""

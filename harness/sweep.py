@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,57 +13,131 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune import TuneError
 
 from harness import cluster, lock
+from harness.archive import Archive
 from harness.axes import Sweep
+from harness.checkpoint import Shelf, unpack
 from harness.cohorts import read_trace
 from harness.config import Execution, Trial, trial_id
 from harness.data import Arrays, card, load
-from harness.record import Store
+from harness.desk import Book, Desk, Grid, Hunt, Job, Source, final
+from harness.errands import Errands
+from harness.population import Population
+from harness.record import Store, flatten
+from harness.referee import Referee
 from harness.refusal import Refused
-from harness.scribe import Outcome, Scribe, Watcher, command_of, runs_again
+from harness.room import at_once, bundles
+from harness.scribe import Outcome, Scribe, Watcher, command_of
+from harness.space import curve
 from harness.tracking import Tracker
-from harness.trial import FederatedTrial
+from harness.trial import DRIFTED, WAYS_ON, FederatedTrial, drift, versions
 from harness.work import make_setup
 
+MOST_PENDING = 64  # trials that are asked for ahead
 __all__ = ["Outcome", "Watcher", "command_of", "run"]
 
 
-def run(sweep: Sweep, results: Path, watcher: Watcher) -> Outcome:
+def run(sweep: Sweep, results: Path, watcher: Watcher, fresh: bool = False) -> Outcome:
     """Runs the cells that have no row yet. Raises Refused before anything is written if it can't be done.
 
     A cell whose row says that it failed is tried again, except when it diverged: that would only repeat itself.
-    A Ray that this process has started already is used, and left running.
+    A Ray that this process has started already is used, and left running. fresh: rows and checkpoints of this sweep
+    are thrown away first, and the watcher is told how many.
     """
-    how, mine, tracker = sweep.execution, not ray.is_initialized(), None
+    how, mine, tracker, outcome = sweep.execution, not ray.is_initialized(), None, Outcome(results)
     try:
         if mine and cluster.address(how):
             watcher.note(cluster.start(how, sweep.cells))
         cluster.check_room(how, cluster.supply())
-        over = _over(results)
-        todo = [cell for cell in sweep.cells if trial_id(cell) not in over]
-        outcome = Outcome(results, already=len(sweep.cells) - len(todo))
-        sets = _check_data(todo, how)
+        sets = _check_data(_cells(sweep) if fresh else _undone(sweep, results), how)
         store = Store(results)
         lock.take(results)
+        for note in (*(_discard(sweep, store) if fresh else ()), *_strangers(sweep, store)):
+            watcher.note(note)
         tracker = Tracker(None, sweep.name, results) if how.mlflow else None
-        watcher.begin(todo, outcome.already)
-        if todo:
+        scribe = Scribe(sweep, store, tracker, watcher, outcome, sets)
+        sources = _sources(sweep, scribe)
+        scribe.desk = Desk(sources, how.parallel, how.retries)
+        _check_drift(sweep, scribe)
+        trials, rounds = scribe.desk.expected()
+        outcome.already = sum(source.found for source in sources)
+        watcher.begin(trials, rounds, outcome.already)
+        if not scribe.desk.over:
             cluster.start(how)
-            _tune(sweep, todo, sets, Scribe(sweep, store, tracker, watcher, outcome, todo, sets))
+            _tune(sweep, sets, scribe)
+        outcome.problems += [source.problem for source in sources if source.problem]
     finally:
         if mine and ray.is_initialized():
             ray.shutdown()
-        problems = tracker.close() if tracker is not None else []
         lock.give_back(results)
+        problems = tracker.close() if tracker is not None else []
     outcome.problems += problems
     return outcome
 
 
-def _over(results: Path) -> set[str]:
-    """The trials that need no other run. What is there is only read."""
-    rows = Store(results, writable=False).rows("trials") if results.exists() else []
-    return {row["trial_id"] for row in rows if not runs_again(row)}
+def _cells(sweep: Sweep) -> list[Trial]:
+    """Every cell that is known ahead, and one for each group of a search."""
+    groups = sweep.search.groups if sweep.search is not None else ()
+    return [*sweep.cells, *(group.prototype for group in groups)]
+
+
+def _undone(sweep: Sweep, results: Path) -> list[Trial]:
+    """The cells whose data will be needed. What is there is only read."""
+    if sweep.search is not None or not results.exists():
+        return _cells(sweep)
+    store = Store(results, writable=False)
+    try:
+        rows = store.rows("trials")
+    except Refused:  # a damaged file, which will be put aside
+        return _cells(sweep)
+    over = {row["trial_id"] for row in rows if final(row["status"], row["reason"] or "", "")}
+    return [cell for cell in sweep.cells if trial_id(cell) not in over]
+
+
+def _sources(sweep: Sweep, book: Book) -> list[Source]:
+    """The grid of a sweep, and a hunt or a population for every group of its search."""
+    plan = sweep.search
+    sources: list[Source] = [Grid([Job(cell, cell.rounds, "final" if plan else "") for cell in sweep.cells], book)]
+    if plan is not None:
+        kind = Population if plan.how.scheduler == "pbt" else Hunt
+        sources += [kind(group, plan.how, book) for group in plan.groups if group.dimensions]
+    return sources
+
+
+def _discard(sweep: Sweep, store: Store) -> list[str]:
+    """Throws away what this sweep has left, and says what that was."""
+    cells = {trial_id(cell) for cell in sweep.cells}
+    names = [r["trial_id"] for r in store.rows("trials") if r["sweep"] == sweep.name or r["trial_id"] in cells]
+    shelf = Shelf(store.path)
+    resting = [name for name in shelf.names() if sweep.search or name in cells]
+    store.discard(names)
+    for name in resting:
+        shelf.drop(name)
+    return [f"--fresh: {len(names)} rows of trials and the checkpoints of {len(resting)} were thrown away"]
+
+
+def _strangers(sweep: Sweep, store: Store) -> list[str]:
+    """Says so if the folder has rows of this sweep with other settings: a card that was changed in between."""
+    cells = {trial_id(cell): cell for cell in sweep.cells}
+    rows = [row for row in store.rows("trials") if row["sweep"] == sweep.name and row["trial_id"] not in cells]
+    if not rows or not cells or sweep.search is not None or sweep.name.startswith("run-"):
+        return []
+    theirs = flatten(json.loads(rows[0]["config"]))
+    alike = max(cells.values(), key=lambda cell: (cell.method == theirs["method"], cell.seed == theirs["seed"]))
+    changed = {k: v for k, v in flatten(alike.model_dump(mode="json")).items() if theirs.get(k) != v}
+    said = ", ".join(f"{key} = {theirs.get(key)!r} there, {value!r} now" for key, value in [*changed.items()][:4])
+    return [f"{len(rows)} rows of other settings stay in {store.path} (such as {said}): --fresh throws them away"]
+
+
+def _check_drift(sweep: Sweep, scribe: Scribe) -> None:
+    """Refuses to go on from checkpoints of another torch, say: the numbers would be those of neither."""
+    for cell in sweep.cells if not sweep.execution.allow_drift else ():
+        content = scribe.ledger.content(trial_id(cell))
+        changed = drift(unpack(content)["made_by"], versions()) if content is not None else None
+        if changed:
+            raise Refused(f"trial {trial_id(cell)}: {DRIFTED}: {changed}; {WAYS_ON}")
 
 
 def _check_data(cells: Sequence[Trial], how: Execution) -> dict[str, Arrays]:
@@ -87,35 +162,47 @@ def _traces(cells: Sequence[Trial]) -> set[tuple[str, int]]:
     return {(cell.availability.trace, cell.clients) for cell in cells if cell.availability.trace}
 
 
-def _resume(cells: Sequence[Trial], scribe: Scribe) -> dict[int, Any]:
-    """References of the checkpoints that cells can go on from, by the cell's number."""
-    found = {}
-    for number, cell in enumerate(cells):
-        content, warnings = scribe.shelf.latest(trial_id(cell))
-        scribe.outcome.problems += warnings
-        if content is not None:
-            found[number] = ray.put(content)
-    return found
-
-
-def _tune(sweep: Sweep, todo: Sequence[Trial], sets: Mapping[str, Arrays], scribe: Scribe) -> None:
-    how = sweep.execution
+def _tune(sweep: Sweep, sets: Mapping[str, Arrays], scribe: Scribe) -> None:
+    how, plan, archive = sweep.execution, sweep.search, Archive()
     data = {
-        "cells": [cell.model_dump_json() for cell in todo],
         "execution": how.model_dump(mode="json"),
         "arrays": {name: ray.put(arrays) for name, arrays in sets.items()},
-        "resume": _resume(todo, scribe),
-        "traces": {path: read_trace(path, clients)[0] for path, clients in _traces(todo)},
+        "archive": archive.address,
+        "traces": {path: read_trace(path, clients)[0] for path, clients in _traces(_cells(sweep))},
     }
+    # As many trials as there is room for are asked for ahead: Tune would start a large cluster one by one.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once(how, cluster.supply(), MOST_PENDING))
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that fails is a row with a reason
-    room = tune.PlacementGroupFactory(cluster.bundles(how))
+    room = tune.PlacementGroupFactory(bundles(how))
     scratch = tempfile.mkdtemp(prefix="fedstill-")  # Tune's own state is disposable
+    scribe.lookout = cluster.Lookout(how)
     try:
         tune.Tuner(
             tune.with_resources(tune.with_parameters(FederatedTrial, data=data), room),
-            param_space={"cell": tune.grid_search(list(range(len(todo))))},
-            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=how.parallel or None),
+            tune_config=tune.TuneConfig(
+                search_alg=Errands(scribe, archive),
+                scheduler=Referee(plan.how if plan else None, scribe.jobs, _known(scribe) if plan else {}),
+                num_samples=-1,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
+            ),
             run_config=tune.RunConfig(name=sweep.name, storage_path=scratch, verbose=0, callbacks=[scribe]),
         ).fit()
+    except TuneError:
+        if scribe.trouble is not None:  # Tune makes a text of it
+            raise scribe.trouble from None
+        raise
     finally:
+        archive.close()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _known(scribe: Scribe) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """The curves of what has ended in a search before, by group and trial: stopping rules start from them."""
+    known: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in scribe.store.rows("trials"):
+        if row["stage"] == "search" and scribe.sweep.search is not None:
+            rounds = scribe.ledger.curve(row["trial_id"])
+            own = known.setdefault(json.loads(row["search"])["group"], {})
+            own[row["trial_id"]] = curve(rounds, scribe.sweep.search.how)
+    return known

@@ -7,14 +7,16 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from ray import tune
 
-from harness import config
+from harness import RULES_VERSION, __version__, archive, config
 from harness.checkpoint import pack, unpack
 from harness.data import Arrays
 from harness.host import InlinePool
@@ -27,52 +29,72 @@ REPORT_S = 0.5  # rounds are run until so much time has passed, then reported to
 
 
 class FederatedTrial(tune.Trainable):
-    """Runs one cell after the other; process, hosts and data stay. config: the number of a cell in data["cells"]."""
+    """Runs one job after the other; process, hosts and data stay.
+
+    A job: "cell", the trial's settings as JSON; "until", the rounds after which it ends, or rests if that is before
+    its end; "metric", the validation metric that a search watches, or empty; "resume", whether the archive has a
+    checkpoint of it.
+    """
 
     failure: str | None
     server: Server | None
 
-    def setup(self, chosen: dict[str, Any], data: dict[str, Any] | None = None) -> None:
-        """Begins the first cell. data: "cells", "execution", "traces", and references: of "arrays" by data
-        set, and of checkpoints to "resume" from by cell.
-        """
+    def setup(self, job: dict[str, Any], data: dict[str, Any] | None = None) -> None:
+        """Begins the first job. data: "execution", "traces", "archive", and references of "arrays" by data set."""
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
         self.data: dict[str, Any] = data or {}
         self.hosts: RayPool | None = None
         self.inline: InlinePool | None = None
-        self._begin(chosen)
+        self._begin(job)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begins the next cell in this process."""
+        """Begins the next job in this process."""
         self._begin(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
-        """Some rounds. The last result of a cell carries its tables."""
-        until, content = time.monotonic() + REPORT_S, None
+        """Some rounds. The last result of a job carries its tables, and so do all that a search watches."""
+        until, content, seen = time.monotonic() + REPORT_S, None, False
         try:
             running = self._server()
-            while not running.done and content is None and time.monotonic() < until:
+            while running.round < self.job["until"] and content is None and not seen and time.monotonic() < until:
                 running.step()
-                content = self._checkpoint(running)
+                content, seen = self._checkpoint(running), self._watched(running)
         except Exception as error:  # a failure is a row, not a hole
             self.failure = reason(error)
         server = self.server
         ended = self.failure is not None or (server is not None and server.done)
+        rests = not ended and server is not None and server.round >= self.job["until"]
         rows = server.rounds if server is not None else []
-        seen = (row["accuracy"] for row in reversed(rows) if row["role"] == rows[0]["role"] and "accuracy" in row)
-        result = {"rounds_done": server.round if server else 0, "accuracy": next(seen, None), "done": ended}
-        if ended:
-            return {**result, "tables": self._tables()}
-        return result if content is None else {**result, "checkpoint": content}
+        result = {"rounds_done": server.round if server else 0, "accuracy": _last(rows), "done": ended or rests}
+        result |= {"rests": rests} | ({"curve": self._curve(rows)} if seen else {})
+        if ended or seen:
+            result["tables"] = self._tables()
+        return result if content is None or ended else {**result, "checkpoint": content}
 
     def _checkpoint(self, server: Server) -> bytes | None:
         """What the driver should write down now, if this is a round for it."""
-        every = self.execution.checkpoint_every
-        if not every or server.done or server.round % every:
+        every, rests = self.execution.checkpoint_every, server.round == self.job["until"]
+        if server.done or not (rests or (every and server.round % every == 0)):
             return None
-        return pack({"server": server.snapshot(), "seconds": time.monotonic() - self.clock})
+        content = {"server": server.snapshot(), "summary": self._summary(), "made_by": maker(self._device())}
+        return pack(content)
+
+    def _watched(self, server: Server) -> bool:
+        """Whether a search has something new to look at: then this round is booked at once."""
+        due = server.round % self.settings.evaluation.every == 0
+        if not self.job["metric"] or server.done or not due:
+            return False
+        server.flush()
+        return True
+
+    def _curve(self, rows: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+        """Rounds done and score, for every evaluated round of the primary model."""
+        metric = f"validation_{self.job['metric']}"
+        sign = -1.0 if metric.endswith("loss") else 1.0
+        own = [row for row in rows if row["role"] == rows[0]["role"] and row.get(metric) is not None]
+        return [(row["round"] + 1, sign * row[metric]) for row in own]
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Tune's own checkpoints are not used: what is done is known from the tables."""
@@ -80,14 +102,15 @@ class FederatedTrial(tune.Trainable):
     def load_checkpoint(self, checkpoint: Any) -> None:
         """See `save_checkpoint`."""
 
-    def _begin(self, chosen: dict[str, Any]) -> None:
+    def _begin(self, job: dict[str, Any]) -> None:
         self.started, self.clock = time.time(), time.monotonic()
-        self.resume = self.data["resume"].get(chosen["cell"])
+        self.job = job
         self.failure = None
         self.server = None
+        self.drift: str | None = None
         self.skew: dict[str, Any] = {}
         # Resolved by the driver already, where the files are that it may name.
-        self.settings = config.Trial.model_validate_json(self.data["cells"][chosen["cell"]])
+        self.settings = config.Trial.model_validate_json(job["cell"])
         self.execution = config.Execution.model_validate(self.data["execution"])
         _forget_peak()
 
@@ -113,11 +136,19 @@ class FederatedTrial(tune.Trainable):
             here = "cuda" if device == "cuda" and (how.gpus_per_server or not how.hosts) else "cpu"
             pool: Pool = self.hosts or self.inline  # type: ignore[assignment]
             self.server = Server(setup, pool, here, mixes)
-            if self.resume is not None:
-                kept = unpack(ray.get(self.resume))
-                self.server.restore(kept["server"])
-                self.clock -= kept["seconds"]
+            if self.job["resume"]:
+                self._resume(self.server)
         return self.server
+
+    def _resume(self, server: Server) -> None:
+        kept = unpack(archive.take(self.data["archive"], config.trial_id(self.settings)))
+        self.drift = drift(kept["made_by"], maker(self._device()))
+        if self.drift and not self.execution.allow_drift:
+            raise Refused(f"{DRIFTED}: {self.drift}; {WAYS_ON}")
+        server.restore(kept["server"])
+        self.drift = self.drift or kept["summary"]["drift"]
+        self.clock -= kept["summary"]["seconds"]
+        self.started = kept["summary"]["started"]
 
     def _proxy(self, trial: config.Trial) -> Arrays | None:
         """The other data set that the proxy rows come from, if they do."""
@@ -126,21 +157,49 @@ class FederatedTrial(tune.Trainable):
             found = ray.get(self.data["arrays"][trial.proxy.source])
         return found
 
-    def _tables(self) -> bytes:
+    def _summary(self) -> dict[str, Any]:
         server = self.server
-        summary = {
+        return {
             "status": "failed" if self.failure else "done",
             "reason": self.failure,
             "started": self.started,
             "seconds": time.monotonic() - self.clock,
             "rounds_done": server.round if server else 0,
             "peak_memory_bytes": _peak(),
-            "device": _device_name(device_of(self.execution)),
+            "device": self._device(),
             "threads": torch.get_num_threads(),
+            "drift": self.drift,
             "skew": self.skew,
         }
-        rounds, clients = (server.rounds, server.clients) if server else ([], [])
-        return json.dumps({"summary": summary, "rounds": rounds, "clients": clients}).encode()
+
+    def _tables(self) -> bytes:
+        server = self.server
+        found = {"rounds": [], "clients": [], "events": []} if server is None else server.tables()
+        return json.dumps({"summary": self._summary(), **found}).encode()
+
+    def _device(self) -> str:
+        return _device_name(device_of(self.execution))
+
+
+DRIFTED = "its checkpoint was made under other conditions"
+WAYS_ON = "--allow-drift goes on all the same and says so in the row, --fresh starts over"
+
+
+def versions() -> dict[str, str]:
+    """What has to be the same for numbers to be the same, beside the settings, wherever a trial runs."""
+    numbers = {"torch": torch.__version__, "numpy": np.__version__}
+    return {"fedstill": __version__, "rules": str(RULES_VERSION), **numbers}
+
+
+def maker(device: str) -> dict[str, str]:
+    """The same, and what a trial's process has of its own."""
+    return {**versions(), "device": device, "threads": str(torch.get_num_threads())}
+
+
+def drift(before: dict[str, str], now: dict[str, str]) -> str | None:
+    """What has changed between two makers, if anything has."""
+    changed = [f"{k} was {before.get(k)}, is {value}" for k, value in now.items() if before.get(k) != value]
+    return ", ".join(changed) or None
 
 
 def device_of(how: config.Execution) -> str:
@@ -154,6 +213,12 @@ def reason(error: Exception) -> str:
     """One line for the table."""
     text = " ".join(str(error).split())[:500]
     return text if isinstance(error, Diverged | Refused) else f"{type(error).__name__}: {text}"
+
+
+def _last(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Accuracy of the primary model when it was last evaluated."""
+    seen = (row["accuracy"] for row in reversed(rows) if row["role"] == rows[0]["role"] and "accuracy" in row)
+    return next(seen, None)
 
 
 def _device_name(device: str) -> str:

@@ -261,24 +261,27 @@ class Diary:
     """A `sweep.Watcher` that keeps what it was told."""
 
     def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.todo: list[str] = []
-        self.already = 0
+        self.todo = self.total_rounds = self.already = 0
         self.started: list[str] = []
+        self.rested: list[str] = []
+        self.notes: list[str] = []
         self.rounds: list[tuple[str, int, float | None]] = []
         self.ended: list[Mapping[str, Any]] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def begin(self, todo: Sequence[config.Trial], done: int) -> None:
-        self.todo, self.already = [cell.method for cell in todo], done
+    def begin(self, trials: int, rounds: int, done: int) -> None:
+        self.todo, self.total_rounds, self.already = trials, rounds, done
 
     def start(self, trial: config.Trial) -> None:
         self.started.append(trial.method)
 
     def round(self, trial: config.Trial, rounds_done: int, accuracy: float | None) -> None:
         self.rounds.append((trial.method, rounds_done, accuracy))
+
+    def rest(self, trial: config.Trial) -> None:
+        self.rested.append(trial.method)
 
     def end(self, trial: config.Trial, row: Mapping[str, Any]) -> None:
         self.ended.append(row)

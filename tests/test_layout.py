@@ -23,14 +23,14 @@ ORDER = """
     registry cards settings sections hypers schedule cohorts config overrides
     space plan searches axes
     formats text sources data deals partitions batches fit evaluate
-    work host books checkpoint scoring server actors pool trial
+    work host books checkpoint scoring server actors pool archive trial
     room cluster
-    record tracking scribe sweep
+    record desk population ledger tracking scribe referee errands sweep
     places inference metrics cells caveats statistics tables plots board
     progress catalogue watch rig probes check show cli
 """.split()  # noqa: SIM905
 ONLY_IN = {
-    "ray": {"actors", "pool", "trial", "cluster", "scribe", "sweep"},
+    "ray": {"actors", "pool", "archive", "trial", "cluster", "scribe", "referee", "errands", "sweep"},
     "pyarrow": {"record"},
     "mlflow": {"tracking"},
 }

@@ -44,7 +44,7 @@ def shown(display: Display) -> str:
 def display(request: pytest.FixtureRequest, clock: Clock) -> Iterator[Display]:
     page = Console(file=io.StringIO(), force_terminal=request.param, width=100)
     with Display(page, ("kdia.tau",)) as made:
-        made.begin(CELLS, done=3)
+        made.begin(len(CELLS), sum(cell.rounds for cell in CELLS), done=3)
         yield made
 
 
@@ -90,7 +90,7 @@ def test_a_failure_is_always_said(display: Display) -> None:
 def test_plain_output_has_a_line_for_each_trial_and_one_now_and_then(clock: Clock) -> None:
     page = Console(file=io.StringIO(), width=200)
     with Display(page, ("kdia.tau",)) as display:
-        display.begin(CELLS, done=0)
+        display.begin(len(CELLS), sum(cell.rounds for cell in CELLS), done=0)
         for at in range(1, 8):
             clock.now += 10
             display.round(CELLS[0], at, 0.1)

@@ -123,7 +123,7 @@ def test_a_second_run_trains_nothing_and_changes_nothing(
     monkeypatch.setattr(sweep, "_tune", lambda *_: pytest.fail("it trains"))
     before, runs = files(done.results), mlflow_runs(done.results)
     outcome = sweep.run(done.planned, done.results, diary)
-    assert (outcome.done, outcome.already, diary.todo, diary.already) == (0, 8, [], 8)
+    assert (outcome.done, outcome.already, diary.todo, diary.already) == (0, 8, 0, 8)
     assert files(done.results) == before
     assert mlflow_runs(done.results) == runs
 
@@ -160,11 +160,11 @@ def test_what_failed_is_tried_again_and_what_diverged_is_not(
 def test_only_the_driver_writes(done: Done, tmp_path: Path, diary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the driver's pen taken away nothing is written at all, and the callback leaves it no copy of itself."""
     written: list[str] = []
-    monkeypatch.setattr(Store, "commit", lambda _, row, rounds, clients: written.append(row["trial_id"]))
+    monkeypatch.setattr(Store, "commit", lambda _, row, *tables: written.append(row["trial_id"]))
     outcome = sweep.run(axes.load_sweep(done.card, ["mlflow=false", "seed=0", "alpha=3.0"]), tmp_path / "r", diary)
     assert (len(written), outcome.done) == (2, 2)
     assert list((tmp_path / "r").rglob("*.parquet")) == []
-    scribe = sweep.Scribe(done.planned, Store(done.results), None, diary, outcome, [], {})
+    scribe = sweep.Scribe(done.planned, Store(done.results), None, diary, outcome, {})
     assert not isinstance(pickle.loads(pickle.dumps(scribe)), sweep.Scribe)
 
 
