@@ -186,7 +186,14 @@ def _tune(sweep: Sweep, sets: Mapping[str, Arrays], scribe: Scribe) -> None:
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
             ),
-            run_config=tune.RunConfig(name=sweep.name, storage_path=scratch, verbose=0, callbacks=[scribe]),
+            run_config=tune.RunConfig(
+                name=sweep.name,
+                storage_path=scratch,
+                verbose=0,
+                callbacks=[scribe],
+                # At the end Tune would save a checkpoint, for which all nodes had to share this machine's files.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
         ).fit()
     except TuneError:
         if scribe.trouble is not None:  # Tune makes a text of it

@@ -158,12 +158,19 @@ def test_what_failed_is_tried_again_and_what_diverged_is_not(
 
 @pytest.mark.cluster
 def test_only_the_driver_writes(done: Done, tmp_path: Path, diary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the driver's pen taken away nothing is written at all, and the callback leaves it no copy of itself."""
+    """With the driver's pen taken away nothing is written at all, and the callback leaves it no copy of itself.
+
+    Nor do trials save anything in Tune's folder, which other nodes do not have.
+    """
     written: list[str] = []
+    monkeypatch.setattr(sweep.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "scratch"))
+    monkeypatch.setattr(sweep.shutil, "rmtree", lambda *_, **__: None)
     monkeypatch.setattr(Store, "commit", lambda _, row, *tables: written.append(row["trial_id"]))
     outcome = sweep.run(axes.load_sweep(done.card, ["mlflow=false", "seed=0", "alpha=3.0"]), tmp_path / "r", diary)
     assert (len(written), outcome.done) == (2, 2)
     assert list((tmp_path / "r").rglob("*.parquet")) == []
+    assert list((tmp_path / "scratch").iterdir())
+    assert list((tmp_path / "scratch").rglob("checkpoint_*")) == []
     scribe = sweep.Scribe(done.planned, Store(done.results), None, diary, outcome, {})
     assert not isinstance(pickle.loads(pickle.dumps(scribe)), sweep.Scribe)
 
