@@ -1,47 +1,90 @@
-"""Leaderboards of a results folder, from its tables only."""
+"""Leaderboards of a results folder, from its tables only: as text, as files for a paper, as pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from harness import durable, tables
-from harness.metrics import HEADLINE, wants_rounds
+from harness import durable, tables, typeset
+from harness.cells import Grid, fill
+from harness.metrics import HEADLINE, present, wants_rounds
+from harness.places import competing, grouped
 from harness.record import Row, Store
 from harness.refusal import Refused
-from harness.statistics import Summary, measured, summarise
+from harness.statistics import Summary, summarise
+
+FILES: dict[str, Callable[[str, Summary, Sequence[Grid]], str]] = {
+    "leaderboard.md": tables.markdown,
+    "leaderboard.csv": tables.csv_text,
+    "leaderboard.tex": typeset.latex,
+}
 
 
-def table(results: Path | str, metric: str = HEADLINE, baseline: str | None = None) -> Summary:
-    """The leaderboard of one metric with its statistics: see `statistics.summarise`.
+@dataclass(frozen=True)
+class Board:
+    """A results folder's leaderboards. first: with all its statistics; others: the cells of the other metrics."""
+
+    results: Path
+    trials: tuple[Row, ...]
+    first: Summary
+    others: tuple[Grid, ...]
+
+    @property
+    def name(self) -> str:
+        """The folder's."""
+        return self.results.resolve().name
+
+
+def read(results: Path | str, metric: str = HEADLINE, baseline: str | None = None) -> Board:
+    """The leaderboards, that of `metric` in full: see `statistics.summarise`.
 
     Raises Refused for no trials and for an unknown metric or baseline.
     """
     store = Store(results, writable=False)
-    trials = _trials(store)
+    trials = store.rows("trials")
+    if not trials:
+        raise Refused(f"{results} has no trials yet: `fedstill sweep CARD --results {results}` makes them")
     rounds = store.rows("rounds") if wants_rounds(metric, trials) else ()
-    return summarise(trials, rounds, metric, baseline)
+    first = summarise(trials, rounds, metric, baseline)
+    kept = competing(trials)
+    places = grouped(kept)
+    others = dict.fromkeys([HEADLINE, *present(kept)])
+    grids = tuple(fill(kept, (), other, places) for other in others if other != metric)
+    return Board(Path(results), tuple(trials), first, grids)
 
 
-def markdown(results: Path | str, metric: str = HEADLINE, baseline: str | None = None) -> str:
-    """All leaderboards of a results folder, that of `metric` first and in full, as Markdown."""
-    trials, first = _trials(Store(results, writable=False)), table(results, metric, baseline)
-    others = [summarise(trials, (), name, compare=False) for name in measured(trials) if name != metric]
-    return tables.markdown(Path(results).resolve().name, first, others)
+def write(board: Board, folder: Path | str | None = None) -> list[Path]:
+    """Write leaderboard.md, .csv and .tex into a folder, by default that of the results; each whole or not at all."""
+    place = Path(folder or board.results)
+    written = []
+    for name, render in FILES.items():
+        target = place / name
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            durable.write(target, render(board.name, board.first, board.others).encode())
+        except OSError as problem:
+            raise Refused(f"{target} can't be written: {problem.strerror or problem}") from None
+        written.append(target)
+    return written
 
 
-def write(results: Path | str, metric: str = HEADLINE, baseline: str | None = None) -> Path:
-    """Write `markdown` to <results>/leaderboard.md, whole or not at all; returns its path."""
-    target = Path(results) / "leaderboard.md"
-    text = markdown(results, metric, baseline)
-    try:
-        durable.write(target, text.encode())
-    except OSError as problem:
-        raise Refused(f"{target} can't be written: {problem.strerror or problem}") from None
-    return target
+def draw(board: Board, folder: Path | str) -> list[Path]:
+    """Draw what these trials have for it, each as PNG and as SVG. Returns the PNG files' paths."""
+    from harness import diagrams, plots
 
-
-def _trials(store: Store) -> Sequence[Row]:
-    if trials := store.rows("trials"):
-        return trials
-    raise Refused(f"{store.path} has no trials yet: `fedstill sweep CARD --results {store.path}` makes them")
+    place, first = Path(folder), board.first
+    pictures: dict[str, Callable[[Path], Path]] = {
+        "critical-difference": lambda path: diagrams.critical_difference(first, path),
+        "performance-profile": lambda path: diagrams.performance_profile(first, path),
+        "learning-curves": lambda path: plots.learning_curves(board.results, path),
+    }
+    for key in diagrams.drawn(first, board.trials):
+        name = f"by-{key.rpartition('.')[2].replace('_', '-')}"
+        pictures[name] = lambda path, key=key: diagrams.along(first, board.trials, key, path)  # type: ignore[misc]
+    drawn = []
+    for name, picture in pictures.items():
+        with suppress(plots.Undrawn):
+            drawn.append(picture(place / name))
+    return drawn

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from harness.cells import Grid, Line
 from harness.inference import SIGNED_FROM
-from harness.places import grouped
+from harness.places import Place
 from harness.record import Row
 
 FEW = 5  # seeds below which an interval deserves a warning
 MOST_NAMED = 3  # of a kind, before they are only counted
 
 
-def caveats(trials: Sequence[Row], grid: Grid, against: Line | None) -> tuple[str, ...]:
-    """The notes below a table. trials: all rows, those of a search included; grid: what became of the others."""
-    kept = [row for row in trials if row.get("stage") != "search"]
+def caveats(
+    searched: int, kept: Sequence[Row], places: Mapping[str, Place], grid: Grid, against: Line | None
+) -> tuple[str, ...]:
+    """The notes below a table. searched: trials of a search; kept: rows of the others; grid: what became of them."""
     return (
         *_legend(grid, against),
         *_seeds(grid),
         *_pairs(grid, against),
         *_gaps(grid),
         *_budgets(grid),
-        *_left_out(trials, kept, grid),
-        *_lost(kept),
+        *_left_out(searched, grid),
+        *_lost(kept, places),
         *_origins(kept),
     )
 
@@ -33,14 +34,11 @@ def _legend(grid: Grid, against: Line | None) -> Iterable[str]:
     kinds = {cell.interval.kind for line in grid.cells for cell in line if cell.interval}
     way = {
         "t": "Student's t (fewer than 5 values)",
-        "bootstrap": "bootstrap over seeds, 10,000 resamples, percentiles widened for small n",
+        "bootstrap": "a bootstrap over seeds (10,000 resamples, percentiles widened for small n)",
     }
+    yield f"Cells ({grid.how.unit}): mean{' ± standard deviation' if kinds else ''} over n seeds."
     if kinds:
-        how = "; ".join(way[kind] for kind in sorted(kinds))
-        cells = "mean ± standard deviation over n seeds; in brackets the mean's 95 % interval"
-        yield f"Cells ({grid.how.unit}): {cells}: {how}."
-    else:
-        yield f"Cells ({grid.how.unit}): mean over n seeds."
+        yield f"In brackets: 95 % intervals of the mean, by {'; by '.join(way[kind] for kind in sorted(kinds))}."
     if any(cell.letters for line in grid.cells for cell in line):
         yield (
             "Letters: methods of a column that share one are not told apart (paired by seed, Holm-corrected over the "
@@ -109,22 +107,26 @@ def _gaps(grid: Grid) -> Iterable[str]:
 def _budgets(grid: Grid) -> Iterable[str]:
     """Local steps are the same for all methods at a setting, unless a method takes phases or pools of its own."""
     for column, what in (("steps", "local"), ("server_steps", "server")):
-        odd: list[str] = []
-        for at, setting in enumerate(grid.settings):
+        odd, others = defaultdict[str, list[float]](list), list[float]()
+        for at in range(len(grid.settings)):
             # One line per entry: the roles of one trial share its budget.
             spent = {ln.entry: getattr(line[at], column) for ln, line in zip(grid.lines, grid.cells, strict=True)}
             known = {entry: steps for entry, steps in spent.items() if steps is not None}
             usual = Counter(known.values()).most_common(1)[0][0] if known else 0
-            odd += [f"{entry} {steps:,.0f} at {setting}" for entry, steps in known.items() if steps != usual]
-            if any(steps != usual for steps in known.values()):
-                odd.append(f"others {usual:,.0f} there")
+            for entry, steps in known.items():
+                (others if steps == usual else odd[entry]).append(steps)
         if odd:
-            yield f"Budgets differ, {what} steps per trial: {_some(odd, most=9)}."
+            texts = [f"{entry} {_range(steps)}" for entry, steps in odd.items()]
+            yield f"Budgets differ, {what} steps per trial: {_some(texts, most=12)}; others {_range(others)}."
 
 
-def _left_out(trials: Sequence[Row], kept: Sequence[Row], grid: Grid) -> Iterable[str]:
-    if len(trials) > len(kept):
-        yield f"{len(trials) - len(kept)} trials of a search are left out."
+def _range(steps: Sequence[float]) -> str:
+    return " to ".join(f"{end:,.0f}" for end in sorted({min(steps), max(steps)}))
+
+
+def _left_out(searched: int, grid: Grid) -> Iterable[str]:
+    if searched:
+        yield f"{searched} trials of a search are left out."
     if grid.left_out:
         yield (
             f"{len(grid.left_out)} trials were repeated with newer rules or later, and are left out: "
@@ -132,15 +134,15 @@ def _left_out(trials: Sequence[Row], kept: Sequence[Row], grid: Grid) -> Iterabl
         )
 
 
-def _lost(trials: Sequence[Row]) -> Iterable[str]:
-    places, lost = grouped(trials), defaultdict[str, list[str]](list)
+def _lost(trials: Sequence[Row], places: Mapping[str, Place]) -> Iterable[str]:
+    lost = defaultdict[str, list[Row]](list)
     for row in trials:
         if row["status"] != "done":
-            entry, setting = places[str(row["trial_id"])]
-            lost[f"{entry} at {setting} {row['status']}: {row.get('reason') or 'no reason recorded'}"].append(
-                str(row["trial_id"])
-            )
-    yield from (f"{len(ids)} x {what} ({_some(ids)})" for what, ids in lost.items())
+            entry = places[str(row["trial_id"])].entry
+            lost[f"{entry} {row['status']}: {row.get('reason') or 'no reason recorded'}"].append(row)
+    for what, rows in lost.items():
+        at = dict.fromkeys(places[str(row["trial_id"])].setting for row in rows)
+        yield f"{len(rows)} x {what} (at {_some(at, '; ')}: trial {_some(str(row['trial_id']) for row in rows)})"
 
 
 def _origins(trials: Sequence[Row]) -> Iterable[str]:

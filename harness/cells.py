@@ -9,7 +9,7 @@ from statistics import fmean, median, stdev
 
 from harness.inference import Interval, Paired, interval, iqm
 from harness.metrics import Metric, describe, roles, values
-from harness.places import grouped
+from harness.places import Place
 from harness.record import Row
 
 
@@ -82,7 +82,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Grid:
-    """cells[line][setting], the best line first. left_out: trials that were repeated by newer code."""
+    """The leaderboard of one metric, uncompared: cells[line][setting], the best line first.
+
+    left_out: trials that were repeated by newer code.
+    """
 
     metric: str
     how: Metric
@@ -91,10 +94,18 @@ class Grid:
     cells: tuple[tuple[Cell, ...], ...]
     left_out: tuple[str, ...] = ()
 
+    @property
+    def title(self) -> str:
+        """The metric with its unit."""
+        return f"{self.how.title} ({self.how.unit})"
 
-def fill(trials: Sequence[Row], rounds: Sequence[Row], metric: str) -> Grid:
-    """The grid of one metric, from rows of `trials` (and `rounds`, where `metrics.wants_rounds`)."""
-    how, places = describe(metric, trials), grouped(trials)
+
+def fill(trials: Sequence[Row], rounds: Sequence[Row], metric: str, places: Mapping[str, Place]) -> Grid:
+    """The grid of one metric, from rows of `trials` (and `rounds`, where `metrics.wants_rounds`).
+
+    places: `grouped(trials)`, which is the same for every metric.
+    """
+    how = describe(metric, trials)
     settings = tuple(dict.fromkeys(place.setting for place in places.values()))
     groups: defaultdict[str, defaultdict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in sorted(trials, key=lambda row: (int(row["seed"]), str(row["trial_id"]))):

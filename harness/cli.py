@@ -85,9 +85,15 @@ def board(
         Optional[str],  # noqa: UP045
         typer.Option(help="the method that the others are compared to; default fedavg, if it is there"),
     ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="a folder for leaderboard.md, .csv, .tex and the pictures; default: no pictures, the rest there"
+        ),
+    ] = None,
 ) -> None:
-    """Print the leaderboard of a results folder and write it to leaderboard.md there."""
-    _print_board(results, metric, baseline)
+    """Print the leaderboard of a results folder with its statistics, and write it as Markdown, CSV and LaTeX."""
+    _print_board(results, metric, baseline, out)
 
 
 @app.command()
@@ -141,34 +147,35 @@ def _run(planned: Sweep, results: Path | None, fresh: bool) -> None:
         raise typer.Exit(1)
 
 
-def _print_board(results: Path, metric: str, baseline: str | None = None) -> None:
+def _print_board(results: Path, metric: str, baseline: str | None = None, to: Path | None = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from harness import board as boards
     from harness import tables
-    from harness.progress import console
+    from harness.terminal import console
 
-    found, out = boards.table(results, metric, baseline), console()
+    board, out = boards.read(results, metric, baseline), console()
+    found = board.first
     out.print(found.title, style="bold", highlight=False, markup=False)
-    against = f"Difference to {found.baseline.name}" if found.baseline else ""
     for title, lines in (
-        ("", tables.matrix(found)),
-        (against, tables.differences(found)),
-        ("Over all settings", tables.overall(found)),
+        ("method", tables.matrix(found)),
+        (f"difference to {found.baseline.name}" if found.baseline else "", tables.differences(found)),
+        ("over all settings", tables.overall(found)),
     ):
-        if not lines:
-            continue
-        grid = Table(show_edge=False, pad_edge=False)
-        grid.add_column(title or "method", no_wrap=True)
-        for column in lines[0][1:]:
-            grid.add_column(column, justify="right")
-        for line in lines[1:]:
-            grid.add_row(*map(Text, line))
-        out.print(grid, "")
+        if lines:
+            grid = Table(show_edge=False, pad_edge=False)
+            grid.add_column(Text(title), no_wrap=True)
+            for column in lines[0][1:]:
+                grid.add_column(Text(column), justify="right")
+            for line in lines[1:]:
+                grid.add_row(*map(Text, line))
+            out.print(grid, "")
     for note in filter(None, (tables.ranks(found), *found.notes)):
         out.print(f"- {note}", highlight=False, markup=False)
-    out.print(f"Written to {boards.write(results, metric, baseline)}", highlight=False, markup=False, soft_wrap=True)
+    written = [*boards.write(board, to), *(boards.draw(board, to) if to else ())]
+    names = ", ".join(path.name for path in written)
+    out.print(f"Written to {to or results}: {names}", highlight=False, markup=False, soft_wrap=True)
 
 
 _ended_by: list[int] = []  # signals other than Ctrl-C

@@ -50,6 +50,11 @@ def grouped(trials: Sequence[Row]) -> dict[str, Place]:
     return places
 
 
+def competing(trials: Sequence[Row]) -> list[Row]:
+    """The rows that have a place on a leaderboard: in a search settings were only tried out."""
+    return [row for row in trials if row.get("stage") != "search"]
+
+
 def config_of(row: Row) -> dict[str, Any]:
     """A trial's config with dotted keys: {"local.lr": 0.1, ...}. A method's file counts by the start of its hash."""
     config = {**LATER, **flatten(json.loads(row["config"] or "{}"))}
@@ -79,7 +84,7 @@ def _varying(trials: Collection[_Trial], wanted: Callable[[str], bool]) -> list[
     values: defaultdict[str, list[str]] = defaultdict(list)
     for trial in trials:
         for key in filter(wanted, trial.config):
-            values[key].append(json.dumps(trial.config[key]))
+            values[key].append(repr(trial.config[key]))
     there = {key: sum(key not in trial.found for trial in trials) for key in values}
     return [key for key, seen in values.items() if len(set(seen)) > 1 or len(seen) < there[key]]
 

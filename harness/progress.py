@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,19 +16,13 @@ from rich.text import Text
 
 from harness.config import Trial, trial_id
 from harness.registry import label
+from harness.terminal import console
 
-WIDE = 1000  # columns of an output that is no terminal
+__all__ = ["Display", "console"]
+
 PLAIN_EVERY_S = 30.0
 MOST_RUNNING = 12  # lines for running trials
 MOST_ENDED = 4  # and for those that ended last
-
-
-def console() -> Console:
-    """Standard output. Lines and tables are fitted to a terminal's width, never to that of a file or a pipe."""
-    out = Console()
-    if not out.is_terminal and "COLUMNS" not in os.environ:
-        out.width = WIDE
-    return out
 
 
 @dataclass

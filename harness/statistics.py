@@ -15,7 +15,8 @@ import numpy as np
 from harness.caveats import caveats
 from harness.cells import Cell, Difference, Grid, Line, fill
 from harness.inference import Interval, Ranking, holm, improvement, interval, iqm, letters, paired, ranking
-from harness.metrics import HEADLINE, Metric, present
+from harness.metrics import HEADLINE, Metric
+from harness.places import competing, grouped
 from harness.record import Row
 from harness.refusal import unknown
 
@@ -78,29 +79,26 @@ def summarise(
     rounds: Sequence[Row] = (),
     metric: str = HEADLINE,
     baseline: str | None = None,
-    compare: bool = True,
 ) -> Summary:
     """The leaderboard of one metric.
 
     trials: rows of that table; those of a search take no part. rounds: rows of that table, needed where
     `metrics.wants_rounds`. baseline: the method, or the name of a line, that all are compared to; by default fedavg,
-    if it has one line. compare: without it no cell is compared with another. Raises Refused for an unknown metric or
-    baseline.
+    if it has one line. Raises Refused for an unknown metric or baseline.
     """
-    kept = [row for row in trials if row.get("stage") != "search"]
-    grid = fill(kept, rounds, metric)
+    kept = competing(trials)
+    places = grouped(kept)
+    grid = fill(kept, rounds, metric, places)
     against = _baseline(grid, baseline)
-    cells = grid.cells
-    if compare:
-        cells = _lettered(_compared(cells, grid, against), grid.how)
+    cells = _lettered(_compared(grid.cells, grid, against), grid.how)
     complete = [at for at, line in enumerate(cells) if all(cell.mean is not None for cell in line)]
     scores = np.array([[cell.mean for cell in cells[at]] for at in complete], float)
     return Summary(
         *(metric, grid.how, grid.lines, grid.settings, cells, against),
-        pooled=_pooled(cells, grid, against, complete) if compare else (None,) * len(cells),
+        pooled=_pooled(cells, grid, against, complete),
         ranked=tuple(grid.lines[at] for at in complete),
-        ranking=ranking(scores.T, grid.how.high) if compare and complete else None,
-        notes=caveats(trials, replace(grid, cells=cells), against),
+        ranking=ranking(scores.T, grid.how.high) if complete else None,
+        notes=caveats(len(trials) - len(kept), kept, places, replace(grid, cells=cells), against),
     )
 
 
@@ -183,8 +181,3 @@ def _pooled(
             one = replace(one, better=chance, better_interval=between)
         found.append(one)
     return tuple(found)
-
-
-def measured(trials: Sequence[Row]) -> list[str]:
-    """The metrics to show: the headline first, then the others that some trial of no search has."""
-    return list(dict.fromkeys([HEADLINE, *present([row for row in trials if row.get("stage") != "search"])]))

@@ -1,12 +1,14 @@
-"""A leaderboard as text: Markdown for people. Names and reasons are data, and must not act as markup."""
+"""A leaderboard as text: Markdown for people, CSV for machines. Names and reasons are data, never markup."""
 
 from __future__ import annotations
 
+import csv
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from io import StringIO
 
-from harness.cells import Cell, Difference
+from harness.cells import Cell, Difference, Grid
 from harness.inference import Interval
 from harness.metrics import Metric
 from harness.statistics import ALPHA, Pooled, Summary
@@ -24,7 +26,21 @@ def spelled(cell: Cell, how: Metric) -> str:
     text = f"{cell.mean:.{how.digits}f}"
     if cell.interval is not None:
         text += f" ± {cell.sd:.{how.digits}f} {between(cell.interval, how.digits)}"
-    return f"{text} ({', '.join([f'n={cell.n}', *rest])}) {cell.letters}".rstrip()
+    return f"{text} ({', '.join([f'n={cell.n}', *rest])}) {shortened(cell.letters)}".rstrip()
+
+
+def shortened(letters: str) -> str:
+    """The letters of a cell with runs of four or more as first-last: abcdg is a-dg."""
+    return re.sub(r"[a-z]{4,}", lambda run: "".join(_runs(run[0])), letters)
+
+
+def _runs(letters: str) -> Iterator[str]:
+    start = 0
+    for at in range(1, len(letters) + 1):
+        if at == len(letters) or ord(letters[at]) != ord(letters[at - 1]) + 1:
+            run = letters[start:at]
+            yield run if len(run) < 4 else f"{run[0]}-{run[-1]}"
+            start = at
 
 
 def between(interval: Interval | None, digits: int, signed: bool = False) -> str:
@@ -49,7 +65,7 @@ def chance(p: float) -> str:
     return f"{p:.2f}" if p >= 0.1 else f"{p:.2g}" if p >= 0.0001 else "<0.0001"
 
 
-def matrix(summary: Summary) -> list[list[str]]:
+def matrix(summary: Summary | Grid) -> list[list[str]]:
     """The cells' texts, with a head of the settings and the lines' names in front."""
     lines = [[spelled(cell, summary.how) for cell in cells] for cells in summary.cells]
     return _named(summary, list(summary.settings), lines)
@@ -90,7 +106,7 @@ def _pooled(one: Pooled | None, digits: int, against: bool) -> list[str]:
     return [text.rstrip() for text in texts]
 
 
-def _named(summary: Summary, head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[list[str]]:
+def _named(summary: Summary | Grid, head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[list[str]]:
     named = [[line.name, *texts] for line, texts in zip(summary.lines, lines, strict=True)]
     return [["method", *head], *named]
 
@@ -106,7 +122,7 @@ def ranks(summary: Summary) -> str:
     )
 
 
-def markdown(name: str, first: Summary, others: Sequence[Summary] = ()) -> str:
+def markdown(name: str, first: Summary, others: Sequence[Grid] = ()) -> str:
     """The leaderboard of a results folder: the first metric in full, then the cells of the others."""
     parts = [f"# Leaderboard: {escaped(name)}", f"## {escaped(first.title)}", grid(matrix(first))]
     if found := differences(first):
@@ -114,8 +130,8 @@ def markdown(name: str, first: Summary, others: Sequence[Summary] = ()) -> str:
     if found := overall(first):
         parts += ["Over all settings, each of which counts the same:", grid(found), escaped(ranks(first))]
     parts.append("\n".join(f"- {escaped(note)}" for note in first.notes))
-    for summary in others:
-        parts += [f"## {escaped(summary.title)}", grid(matrix(summary))]
+    for other in others:
+        parts += [f"## {escaped(other.title)}", grid(matrix(other))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -129,3 +145,53 @@ def grid(lines: Sequence[Sequence[str]]) -> str:
 def escaped(text: str) -> str:
     """For Markdown: names and reasons are data, and must neither break the table nor act as HTML or a link."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+COLUMNS = (
+    *("metric", "unit", "method", "role", "row", "setting", "n", "mean", "sd", "iqm", "low", "high", "interval"),
+    *("letters", "baseline", "pairs", "unpaired", "difference", "difference_low", "difference_high", "p", "p_holm"),
+    *("test", "failed", "diverged", "stopped", "absent", "steps", "server_steps", "values", "trials"),
+)
+
+
+def csv_text(name: str, first: Summary, others: Sequence[Grid] = ()) -> str:
+    """Every cell of every metric as a line of CSV, with all that is known of it; empty where there is nothing.
+
+    values: "seed=value" for each; p: uncorrected. Texts that a spreadsheet would take for formulas are quoted.
+    """
+    out = StringIO()
+    sheet = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
+    sheet.writeheader()
+    grids: list[Summary | Grid] = [first, *others]
+    for one in grids:
+        for line, cells in zip(one.lines, one.cells, strict=True):
+            for cell in cells:
+                known = {"metric": one.metric, "unit": one.how.unit, "row": line.name, **_sheet(cell)}
+                sheet.writerow({key: guarded(v) if isinstance(v, str) else v for key, v in known.items()})
+    return out.getvalue()
+
+
+def _sheet(cell: Cell) -> dict[str, object]:
+    known: dict[str, object] = {
+        **{key: getattr(cell, key) for key in ("method", "role", "setting", "n", "mean", "sd", "iqm", "low", "high")},
+        **{key: getattr(cell, key) for key in ("letters", "failed", "diverged", "stopped", "absent")},
+        **{key: getattr(cell, key) for key in ("steps", "server_steps")},
+        "interval": cell.interval.kind if cell.interval else "",
+        "values": " ".join(f"{seed}={value!r}" for seed, value in cell.values.items()),
+        "trials": " ".join(cell.trial_ids),
+    }
+    if (made := cell.difference) is not None:
+        known |= {"baseline": made.baseline, "pairs": made.paired.n, "unpaired": made.unpaired, "p_holm": made.p}
+        known |= {
+            "difference": made.paired.mean if made.paired.n else "",
+            "p": made.paired.p,
+            "test": made.paired.test,
+        }
+        if made.paired.interval:
+            known |= {"difference_low": made.paired.interval.low, "difference_high": made.paired.interval.high}
+    return {key: "" if value is None else value for key, value in known.items()}
+
+
+def guarded(text: str) -> str:
+    """A text that no spreadsheet takes for a formula: one that begins like one gets an apostrophe in front."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

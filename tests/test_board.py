@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
-import math
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from harness import plots, tables
-from harness.board import markdown, table, write
+from harness import board, diagrams, plots, tables
+from harness.board import read, write
 from harness.places import grouped
-from harness.plots import learning_curves, partition_heatmap
+from harness.plots import Undrawn, learning_curves
 from harness.record import Store
 from harness.refusal import Refused
 from harness.statistics import Summary
@@ -55,6 +56,15 @@ def commit(
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "sweep")
+
+
+def table(results: Path, *more: str) -> Summary:
+    return read(results, *more).first
+
+
+def markdown(results: Path) -> str:
+    found = read(results)
+    return tables.markdown(found.name, found.first, found.others)
 
 
 def names(found: Summary) -> list[str]:
@@ -129,7 +139,7 @@ def test_failures_are_counted_and_explained(store: Store) -> None:
     found = table(store.path)
     assert names(found) == ["fedavg", "kdia"]
     assert texts(found) == ["50.00 (n=1, 1 stopped)", "1 failed, 1 diverged"]
-    assert sum("out of memory (0003)" in note for note in found.notes) == 1
+    assert sum("1 x kdia failed: out of memory (at digits: trial 0003)" in note for note in found.notes) == 1
     text = markdown(store.path)
     assert "<script" not in text
     assert "diverged \\| &lt;script&gt;" in text
@@ -180,17 +190,44 @@ def test_markdown_has_a_table_per_metric_that_was_measured(store: Store) -> None
         assert not line.startswith("|") or line.count("|") == 3
 
 
-def test_write_makes_one_file_and_leaves_no_other(store: Store, tmp_path: Path) -> None:
+def test_write_makes_three_files_whole_or_not_at_all(store: Store, tmp_path: Path) -> None:
     commit(store, "fedavg", {"global": 0.5})
-    target = write(store.path)
-    assert target == store.path / "leaderboard.md"
-    assert target.read_text() == markdown(store.path)
-    assert sorted(item.name for item in store.path.iterdir()) == ["clients", "leaderboard.md", "rounds", "trials"]
-    target.unlink()
-    target.mkdir()
+    assert write(read(store.path)) == [store.path / f"leaderboard.{kind}" for kind in ("md", "csv", "tex")]
+    assert (store.path / "leaderboard.md").read_text() == markdown(store.path)
+    (store.path / "leaderboard.md").unlink()
+    (store.path / "leaderboard.md").mkdir()
     with pytest.raises(Refused, match="can't be written"):
-        write(store.path)
+        write(read(store.path))
     assert not list(store.path.glob(".*"))
+    write(read(store.path), tmp_path / "deep" / "er")
+    assert sorted(path.name for path in (tmp_path / "deep" / "er").iterdir())[0] == "leaderboard.csv"
+
+
+def sheet(results: Path) -> list[dict[str, str]]:
+    found = read(results)
+    return list(csv.DictReader(StringIO(tables.csv_text(found.name, found.first, found.others))))
+
+
+def test_csv_has_every_cell_with_its_values(store: Store) -> None:
+    for seed in (0, 1):
+        commit(store, "fedavg", {"global": 0.5 + seed / 10}, seed)
+        commit(store, "kdia", {"student": 0.7, "teacher": 0.75 - seed / 10}, seed)
+    lines = sheet(store.path)
+    first = {line["row"]: line for line in lines if line["metric"] == "accuracy_last10"}
+    assert (first["fedavg"]["values"], first["fedavg"]["n"], first["fedavg"]["unit"]) == ("0=50.0 1=60.0", "2", "%")
+    assert float(first["kdia (student)"]["difference"]) == pytest.approx(15)
+    assert (first["kdia (student)"]["baseline"], first["fedavg"]["difference"]) == ("fedavg", "")
+    assert {line["metric"] for line in lines} >= {"accuracy_best", "up_bytes", "rounds_to_0.7"}
+
+
+@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", '=HYPERLINK("http://x","y")'])
+def test_no_text_of_the_csv_is_a_formula(store: Store, name: str) -> None:
+    commit(store, name, {"global": 0.5})
+    commit(store, "fedavg", {"global": 0.6})
+    for line in sheet(store.path):
+        for column, text in line.items():
+            assert text[:1] not in "=+-@" or not text or column.startswith("difference"), (column, text)
+    assert f"'{name}" in [line["row"] for line in sheet(store.path)]
 
 
 def test_no_results_are_refused(store: Store, tmp_path: Path) -> None:
@@ -198,7 +235,7 @@ def test_no_results_are_refused(store: Store, tmp_path: Path) -> None:
         table(store.path)
     with pytest.raises(Refused, match="there is no results folder"):
         markdown(tmp_path / "absent")
-    with pytest.raises(Refused, match="no finished trial"):
+    with pytest.raises(Undrawn, match="no finished trial"):
         learning_curves(store.path, tmp_path / "curves.png")
 
 
@@ -207,38 +244,6 @@ def picture(path: Path) -> np.ndarray:
 
     assert path.read_bytes().startswith(b"\x89PNG")
     return np.asarray(imread(path))
-
-
-def test_heatmap_shows_who_holds_what(tmp_path: Path) -> None:
-    """Two clients, one class each: two coloured quarters on a diagonal, two white ones."""
-    image = picture(partition_heatmap(np.array([[9, 0], [0, 9]]), "title", tmp_path / "deep" / "map.png"))
-    full = (
-        np.abs(image[:, :, :3] - np.array([0x44, 0x01, 0x54]) / 255).max(axis=2) < 0.02
-    )  # viridis' end: the largest holding
-    full = full[:, full.mean(axis=0) > 0.3]  # without the colour bar, whose end has that colour, too
-    rows, columns = np.nonzero(full)
-    held = full[rows.min() : rows.max(), columns.min() : columns.max()]
-    down, across = held.shape[0] // 2, held.shape[1] // 2
-    quarters = [[held[:down, :across], held[:down, across:]], [held[down:, :across], held[down:, across:]]]
-    assert [[quarter.mean() > 0.9 for quarter in line] for line in quarters] == [[True, False], [False, True]]
-    assert quarters[0][1].mean() < 0.05
-
-
-@pytest.mark.parametrize(("clients", "classes"), [(1, 1), (20, 10), (100, 10), (100, 100), (1000, 62)])
-def test_heatmaps_stay_of_a_size_that_can_be_looked_at(tmp_path: Path, clients: int, classes: int) -> None:
-    counts = np.random.default_rng(0).multinomial(300, np.full(classes, 1 / classes), size=clients)
-    height, width = picture(partition_heatmap(counts, "Dirichlet", tmp_path / "map.png")).shape[:2]
-    assert 400 < height < 3000
-    assert 900 < width < 4000
-
-
-def test_heatmap_of_nothing_held(tmp_path: Path) -> None:
-    assert picture(partition_heatmap(np.zeros((3, 4), int), "empty", tmp_path / "map.png")).size
-
-
-@pytest.mark.parametrize("count", [1, 9, 10, 62, 100, 1000, 100_000])
-def test_ticks_fit_their_room(count: int) -> None:
-    assert math.ceil(count / plots._stride(count, 20)) <= 20
 
 
 def test_curves_are_means_and_deviations_over_seeds(store: Store, tmp_path: Path) -> None:
@@ -254,3 +259,37 @@ def test_curves_are_means_and_deviations_over_seeds(store: Store, tmp_path: Path
     assert picture(learning_curves(store.path, tmp_path / "curves.png")).size
     with pytest.raises(Refused, match="unknown metric"):
         learning_curves(store.path, tmp_path / "curves.png", "acuracy")
+
+
+def test_every_picture_that_the_trials_have_something_for(store: Store, tmp_path: Path) -> None:
+    commit(store, "fedavg", {"global": 0.5})
+    assert [path.name for path in board.draw(read(store.path), tmp_path)] == ["learning-curves.png"]
+    for method, gain in (("fedavg", 0.0), ("kdia", 0.1), ("moon", 0.2)):
+        for seed in (1, 2):
+            for alpha in (0.1, 0.5, 1.0):
+                commit(store, method, {"global": 0.5 + gain * alpha + seed / 50}, seed, alpha=alpha)
+    drawn = board.draw(read(store.path), tmp_path)
+    names = ["critical-difference", "performance-profile", "learning-curves", "by-alpha"]
+    assert [path.stem for path in drawn] == names
+    for path in drawn:
+        assert picture(path).std() > 0.02  # something is there
+        assert "<svg" in path.with_suffix(".svg").read_text()[:600]
+
+
+def test_pictures_are_the_same_when_drawn_again(store: Store, tmp_path: Path) -> None:
+    for alpha in (0.1, 1.0):
+        commit(store, "fedavg", {"global": 0.5}, alpha=alpha)
+    found = read(store.path)
+    for folder in ("a", "b"):
+        diagrams.along(found.first, found.trials, "partition.alpha", tmp_path / folder / "x")
+    assert (tmp_path / "a" / "x.svg").read_bytes() == (tmp_path / "b" / "x.svg").read_bytes()
+
+
+def test_a_mean_is_drawn_at_its_setting(store: Store) -> None:
+    """Participation .1 has alphas .1 and 1, .5 only 1: the column of each number, and none without a number."""
+    for participation, alpha in ((0.1, 0.1), (0.1, 1.0), (0.5, 1.0)):
+        commit(store, "fedavg", {"global": 0.5}, alpha=alpha, participation=participation)
+    found = read(store.path)
+    assert diagrams.numbers(found.first, found.trials, "partition.alpha") == {0: 0.1, 1: 1.0, 2: 1.0}
+    assert diagrams.drawn(found.first, found.trials) == ["partition.alpha", "participation"]
+    assert diagrams.numbers(found.first, found.trials, "dataset") == {}

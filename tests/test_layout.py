@@ -26,8 +26,8 @@ ORDER = """
     work host books checkpoint scoring server actors pool archive trial
     room cluster
     record desk population ledger tracking scribe referee errands sweep
-    places inference metrics cells caveats statistics tables plots board
-    progress catalogue watch rig probes check show cli
+    places inference metrics cells caveats statistics tables typeset plots diagrams board
+    terminal progress catalogue watch rig probes check show cli
 """.split()  # noqa: SIM905
 ONLY_IN = {
     "ray": {"actors", "pool", "archive", "trial", "cluster", "scribe", "referee", "errands", "sweep"},
@@ -35,19 +35,7 @@ ONLY_IN = {
     "mlflow": {"tracking"},
 }
 LAZY = {"sklearn", "torchvision", "matplotlib", "mlflow", "optuna", "PIL"}  # slow: imported inside functions
-TORCH_FREE = (
-    "refusal",
-    "durable",
-    "lock",
-    "cards",
-    "record",
-    "summary",
-    "tracking",
-    "statistics",
-    "tables",
-    "plots",
-    "board",
-)
+TORCH_FREE = "refusal durable lock cards record summary tracking board terminal".split()  # noqa: SIM905
 FOR_METHODS = {
     *("__future__", "abc", "collections", "dataclasses", "functools", "itertools", "math", "operator", "typing"),
     *("annotated_types", "torch"),

@@ -24,7 +24,7 @@ from harness.places import LATER, grouped
 from harness.record import flatten
 from harness.refusal import Refused
 from harness.statistics import Cell, Summary, summarise
-from harness.tables import difference, spelled
+from harness.tables import difference, shortened, spelled
 
 HOW = METRICS["accuracy_last10"]
 numbers = st.floats(0, 100).map(lambda value: round(value, 4))
@@ -224,6 +224,12 @@ def test_letters_in_order() -> None:
     assert letters(np.array([[0, 0, 1], [0, 0, 0], [1, 0, 0]], bool)) == ["a", "ab", "b"]
 
 
+def test_runs_of_letters_are_shortened() -> None:
+    assert [shortened(text) for text in ("", "abc", "abcd", "acdefg", "abd", "xyz(27)")] == [
+        *("", "abc", "a-d", "ac-g", "abd", "xyz(27)")
+    ]
+
+
 def test_chance_to_beat_by_hand() -> None:
     """(1, 3) against (2, 3): 1 loses twice; 3 beats 2 and ties 3: 1.5 of 4. With a second cell of all wins: the mean
     of .375 and 1."""
@@ -340,7 +346,7 @@ def test_the_order_of_rows_changes_nothing(shuffled: list[dict[str, Any]]) -> No
 def test_what_is_uneven_is_said() -> None:
     six = rows("fedavg", "b", seeds=6, commit="c1", clean=True, device="cpu")
     quiet = summarise(six).notes
-    assert len(quiet) == 3  # how to read cells, letters and differences
+    assert len(quiet) == 4  # how to read cells, intervals, letters and differences
     odd = [*six[:-1], trial("b", 9, 0.6, commit="c2", clean=False, device="cuda", drift="torch", steps=300)]
     notes = " ".join(summarise(odd).notes)
     for said in (
@@ -358,8 +364,8 @@ def test_what_is_uneven_is_said() -> None:
 def test_budgets_that_differ_are_said() -> None:
     every = rows("fedavg", "b") + rows("codist", steps=200, server_steps=50)
     notes = " ".join(summarise(every).notes)
-    assert "Budgets differ, local steps per trial: codist 200 at digits, others 100 there." in notes
-    assert "Budgets differ, server steps per trial: codist 50 at digits, others 0 there." in notes
+    assert "Budgets differ, local steps per trial: codist 200; others 100." in notes
+    assert "Budgets differ, server steps per trial: codist 50; others 0." in notes
 
 
 def test_trials_of_a_search_take_no_part() -> None:
@@ -450,4 +456,4 @@ def test_all_pairs_of_many_methods_stay_quick() -> None:
     every = [trial(f"m{m}", s, m / 100 + s / 500, a) for m, s, a in product(range(30), range(3), (0.1, 1.0))]
     found = summarise(every, baseline="m0")
     assert found.cells[0][0].letters.startswith("a")
-    assert len(found.notes) == 4
+    assert len(found.notes) == 5
