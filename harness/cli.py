@@ -156,7 +156,7 @@ def _print_board(results: Path, metric: str, baseline: str | None = None, to: Pa
     from harness.terminal import console
 
     board, out = boards.read(results, metric, baseline), console()
-    found = board.first
+    found, written = board.first, boards.write(board, to)
     out.print(found.title, style="bold", highlight=False, markup=False)
     for title, lines in (
         ("method", tables.matrix(found)),
@@ -173,8 +173,7 @@ def _print_board(results: Path, metric: str, baseline: str | None = None, to: Pa
             out.print(grid, "")
     for note in filter(None, (tables.ranks(found), *found.notes)):
         out.print(f"- {note}", highlight=False, markup=False)
-    written = [*boards.write(board, to), *(boards.draw(board, to) if to else ())]
-    names = ", ".join(path.name for path in written)
+    names = ", ".join(path.name for path in (*written, *(boards.draw(board, to) if to else ())))
     out.print(f"Written to {to or results}: {names}", highlight=False, markup=False, soft_wrap=True)
 
 

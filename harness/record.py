@@ -143,7 +143,8 @@ class Store:
         files = [own] if trial_id and own.is_file() else sorted((self.path / table).glob("*.parquet"))
         parts = [_load(file) for file in files if not file.name.startswith(".")]
         try:
-            whole = pa.concat_tables([SCHEMAS[table].empty_table(), *parts], promote_options="permissive")
+            empty = pa.Table.from_batches([], SCHEMAS[table])  # empty_table() would import pandas
+            whole = pa.concat_tables([empty, *parts], promote_options="permissive")
         except pa.ArrowException as problem:
             raise Refused(f"the files of {self.path / table} do not fit together: {problem}") from None
         if trial_id is not None:

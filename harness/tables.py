@@ -56,13 +56,13 @@ def difference(made: Difference | None, how: Metric) -> str:
     if not made.paired.n:
         return "no pairs"
     words = [f"{made.paired.mean:+.{how.digits}f}", between(made.paired.interval, how.digits, signed=True)]
-    words += [f"p={chance(made.p)}{'*' * (made.p < ALPHA)}"] if made.p is not None else []
+    words += [f"p{chance(made.p)}{'*' * (made.p < ALPHA)}"] if made.p is not None else []
     return " ".join([*filter(None, words), f"(n={made.paired.n})"])
 
 
 def chance(p: float) -> str:
-    """A p value with two digits that say something."""
-    return f"{p:.2f}" if p >= 0.1 else f"{p:.2g}" if p >= 0.0001 else "<0.0001"
+    """How a p value is said, with two digits that say something."""
+    return f"={p:.2f}" if p >= 0.1 else f"={p:.2g}" if p >= 0.0001 else "<0.0001"
 
 
 def matrix(summary: Summary | Grid) -> list[list[str]]:
@@ -117,7 +117,7 @@ def ranks(summary: Summary) -> str:
     if found is None:
         return ""
     return (
-        f"Average ranks over {found.n} settings: Friedman's p = {chance(found.p)} that no method differs; "
+        f"Average ranks over {found.n} settings: Friedman's p{chance(found.p)} that no method differs; "
         f"by Nemenyi's test ranks that differ by less than {found.critical:.2f} are not told apart (5 %)."
     )
 

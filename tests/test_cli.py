@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from urllib.error import URLError
 
@@ -14,7 +16,9 @@ import ray
 import torch
 
 from harness import cli, sources
+from harness.record import Store
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "harness.cli"]
 COMMANDS = ("sweep", "run", "board", "partition", "show")
 
@@ -139,6 +143,42 @@ MISUSE = [
     ("board results", "there is no results folder results", "fedstill sweep"),
     ("run fedavg execution.data=nowhere", "execution.data = 'nowhere' is not a folder"),
 ]
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> Path:
+    """A results folder with two methods of three seeds."""
+    store = Store(tmp_path / "ended")
+    for number, (method, seed) in enumerate(product(("fedavg", "kdia"), range(3))):
+        value = 0.5 + 0.1 * (method == "kdia") + seed / 100 + number / 1000
+        row = {"trial_id": str(number), "status": "done", "method": method, "dataset": "digits", "seed": seed}
+        row |= {"config": json.dumps({"method": method, "seed": seed}), "global_accuracy_auc": value}
+        store.commit(row | {"global_accuracy_last10": value}, [], [])
+    return store.path
+
+
+def test_board_compares_with_a_baseline_and_writes_files(fedstill: Told, ended: Path, tmp_path: Path) -> None:
+    code, out, err = fedstill("board", str(ended), "--baseline", "kdia", "--out", str(tmp_path / "paper"))
+    assert (code, err) == (0, "")
+    assert "difference to kdia" in out
+    assert "performance-profile.png" in out.splitlines()[-1]
+    names = {path.name for path in (tmp_path / "paper").iterdir()}
+    assert {"leaderboard.md", "leaderboard.csv", "leaderboard.tex", "performance-profile.svg"} <= names
+    assert not (ended / "leaderboard.md").exists()
+
+
+def test_board_refuses_what_there_is_not(fedstill: Told, ended: Path) -> None:
+    refused(fedstill("board", str(ended), "--baseline", "kdai"), "unknown baseline 'kdai'", "Did you mean 'kdia'?")
+    refused(fedstill("board", str(ended), "--metric", "loss_last"), "unknown metric", "Did you mean 'loss_last10'?")
+    refused(fedstill("board", str(ended), "--out", str(ended / "trials" / "0.parquet")), "can't be written")
+
+
+def test_board_needs_no_torch(ended: Path) -> None:
+    code = f"import sys; sys.argv = ['fedstill', 'board', {str(ended)!r}]; from harness.cli import main\n" + (
+        "try: main()\nexcept SystemExit: print([m for m in ('torch', 'ray', 'mlflow', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(("words", "parts"), [(words, parts) for words, *parts in MISUSE], ids=lambda x: str(x)[:50])
