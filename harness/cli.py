@@ -129,11 +129,10 @@ def _run(planned: Sweep, results: Path | None, fresh: bool) -> None:
     from harness.progress import Display, console
     from harness.sweep import run as run_cells
 
-    if planned.search is not None:
-        raise Refused(f"sweep {planned.name} has a search, and there is nothing here yet that runs one")
     folder = (results or Path("results") / planned.name).resolve()
     out = console()
-    with Display(out, planned.axes) as display:
+    drawn = {key for group in planned.search.groups for key in group.dimensions} if planned.search else ()
+    with Display(out, (*planned.axes, *sorted(drawn))) as display:
         try:
             outcome = run_cells(planned, folder, display, fresh)
         except KeyboardInterrupt:

@@ -109,7 +109,7 @@ class Display:
 
     def _axis(self, trial: Trial, key: str) -> str:
         prefix, _, rest = key.partition(".")
-        if prefix == label(trial.method) and rest in trial.hyper:
+        if prefix in (label(trial.method), "hyper") and rest in trial.hyper:
             return f"{rest}={trial.hyper[rest]}"
         value: Any = trial
         for part in key.split("."):
