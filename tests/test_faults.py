@@ -161,6 +161,7 @@ def test_f3_a_server_that_always_dies_is_a_row(tmp_path: Path, alone: Path, diar
 
 
 @cluster
+@pytest.mark.long
 def test_f4_ten_kills_at_random_moments(tmp_path: Path) -> None:
     """Three here; `python tests/chaos.py --kills 10` does ten, of the quickstart as it is."""
     sys.path.insert(0, str(HERE))
@@ -322,6 +323,7 @@ with Display(console(), planned.axes) as display:
 
 
 @cluster
+@pytest.mark.long
 def test_f23_a_tiny_object_store_spills_and_the_sweep_goes_through(tmp_path: Path) -> None:
     """100 MB, for SCAFFOLD's memories on 6 clients and its broadcasts, of a net of 1.6 million parameters."""
     path = card(tmp_path)
@@ -368,6 +370,7 @@ print("GPUs free", ray.available_resources().get("GPU", 0))
 
 
 @cluster
+@pytest.mark.long
 def test_f5_a_node_that_is_lost_takes_no_trial_with_it(tmp_path: Path) -> None:
     """Twelve trials with two hosts on a quarter of a GPU each, on three nodes with made-up GPUs; one node goes."""
     path = card(tmp_path, ["fedavg", "scaffold"], seeds=6)
@@ -389,6 +392,7 @@ def test_f5_a_node_that_is_lost_takes_no_trial_with_it(tmp_path: Path) -> None:
 
 
 @cluster
+@pytest.mark.long
 def test_f6_sigterm_ends_with_143_and_nothing_is_left_running(tmp_path: Path) -> None:
     path = card(tmp_path, seeds=3)
     words = [sys.executable, "-m", "harness.cli", "sweep", str(path), "--results", str(tmp_path / "r")]

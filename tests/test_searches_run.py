@@ -18,7 +18,7 @@ from harness.config import Trial, trial_id
 from harness.record import Store
 from harness.space import score
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 CARD = """
 methods = ["fedavg", "fedprox"]
 seeds = 2
