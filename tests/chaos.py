@@ -20,7 +20,7 @@ from typing import Any
 
 from harness.record import TABLES, Store
 
-CLOCKS = {"seconds", "server_seconds", "started", "peak_memory_bytes", "time"}
+CLOCKS = {"seconds", "server_seconds", "started", "peak_memory_bytes", "time", "commit", "clean"}
 FIRST_S = 3.0  # a driver is left alone for so long: it is still importing
 
 

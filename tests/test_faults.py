@@ -42,7 +42,7 @@ ELSEWHERE = {
     "D3 stopped after any round": "test_resume.py::test_stop_and_go_on_after_any_round",
     "D4 the order of completion": "test_trial.py::test_the_order_of_completion_changes_no_number",
 }
-CLOCKS = {"seconds", "server_seconds", "started", "peak_memory_bytes", "hosts", "time", "sweep"}
+CLOCKS = {"seconds", "server_seconds", "started", "peak_memory_bytes", "hosts", "time", "sweep", "commit", "clean"}
 CARD = """
 methods = {methods}
 seeds = {seeds}

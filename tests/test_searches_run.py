@@ -46,7 +46,7 @@ KINDS = {
     "median": 'scheduler = "median"\ngrace = 2\nreduction = 2\ntrials = 6',
     "pbt": 'scheduler = "pbt"\ntrials = 4\ninterval = 4',
 }
-CLOCKS = {"seconds", "server_seconds", "started", "peak_memory_bytes", "time"}
+CLOCKS = {"seconds", "server_seconds", "started", "peak_memory_bytes", "time", "commit", "clean"}
 REPEATED = ("random", "optuna", "pbt")  # whose trials do not depend on which one was faster
 
 
