@@ -97,6 +97,14 @@ def board(
 
 
 @app.command()
+def compact(results: Annotated[Path, typer.Argument(help="a results folder")]) -> None:
+    """Put the trials that will never run again into one file per table; the tables stay the same."""
+    from harness.compaction import compact as gather
+
+    print(gather(results))
+
+
+@app.command()
 def partition(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="where the heat map goes")] = Path("partition.png"),

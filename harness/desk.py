@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from harness.config import Trial, trial_id
 from harness.space import Group, Search, apply, draw, score
+from harness.summary import final
 
 Row = Mapping[str, Any]
 Stage = Literal["", "search", "final"]
@@ -93,15 +94,6 @@ class Source(Protocol):
 
     def expected(self) -> list[tuple[Trial, int]]:
         """Cells that still have to run, one of each kind with their number: for the display."""
-
-
-def final(status: str, reason: str, stage: Stage) -> bool:
-    """Whether a trial that ended in this way is not run again.
-
-    A search has to come to a choice: what failed in it, or was stopped, stays so. Any other trial that failed is
-    tried again by the next command, unless its numbers diverged, which would only repeat itself.
-    """
-    return stage == "search" or status == "done" or (status == "failed" and reason.startswith("diverged"))
 
 
 def _settled(book: Book, job: Job) -> bool:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write(target: Path, content: Any) -> None:
-    """Complete or absent: readers skip the dot-file, and the rename happens once the bytes are on the disk.
+    """Complete or absent: see `writing`. content: bytes, or anything else that has a buffer."""
+    with writing(target) as file:
+        file.write(content)
 
-    content: bytes, or anything else that has a buffer. Raises OSError; what was there before then stays.
+
+@contextmanager
+def writing(target: Path) -> Iterator[IO[bytes]]:
+    """A file to write to that becomes `target` at the end of the block, or is gone if that fails.
+
+    Readers skip the dot-file, and the rename happens once the bytes are on the disk. Raises OSError; what was there
+    before then stays.
     """
     draft = target.with_name(f".{target.stem}.draft")
     try:
         with draft.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         draft.replace(target)

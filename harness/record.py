@@ -15,67 +15,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from harness import __version__
+from harness import __version__, compaction, parquet, repair
 from harness.durable import write
+from harness.parquet import SCHEMAS, TABLES, Row, TableName, file_of
 from harness.refusal import Refused
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Row = Mapping[str, Any]
-TableName = Literal["trials", "rounds", "clients", "events"]
-TABLES: tuple[TableName, ...] = get_args(TableName)
+__all__ = ["SCHEMAS", "TABLES", "Row", "Store", "TableName", "flatten", "provenance"]
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pandas", "pyarrow", "mlflow")
-
-
-def _schema(text: str, whole: str, real: str, flags: str = "", lists: str = "") -> pa.Schema:
-    kinds = (
-        (text, pa.string()),
-        (whole, pa.int64()),
-        (real, pa.float64()),
-        (flags, pa.bool_()),
-        (lists, pa.list_(pa.float64())),
-    )
-    return pa.schema([(name, kind) for names, kind in kinds for name in names.split()])
-
-
-# The columns that every file has, whatever the method: their types hold even where all values are null.
-SCHEMAS: dict[TableName, pa.Schema] = {
-    "trials": _schema(
-        text="trial_id sweep status reason method dataset net config config_hash partition_hash data_hash commit "
-        "versions device command started stage drift search",
-        whole="seed clients rules_version hosts threads rounds_done peak_memory_bytes up_bytes down_bytes steps "
-        "server_steps samples",
-        real="participation alpha partition_js partition_classes partition_size_cv seconds",
-        flags="clean",
-    ),
-    "rounds": _schema(
-        text="trial_id role up_kinds down_kinds",
-        whole="round up_bytes down_bytes steps server_steps samples",
-        real="accuracy balanced_accuracy macro_f1 worst_recall tail_recall loss ece own_label_accuracy "
-        "own_label_worst_decile own_label_std seconds server_seconds train_loss "
-        "validation_accuracy validation_balanced_accuracy validation_loss",
-        lists="recall",
-    ),
-    "clients": _schema(
-        text="trial_id role arch",
-        whole="round client samples steps up_bytes down_bytes",
-        real="train_loss seconds",
-    ),
-    "events": _schema(text="trial_id time kind detail", whole="round client", real=""),
-}
-ORDER: dict[TableName, tuple[str, ...]] = {
-    "trials": ("trial_id",),
-    "rounds": ("trial_id", "round", "role"),
-    "clients": ("trial_id", "round", "client", "role"),
-    "events": ("trial_id", "time"),
-}
 
 
 class Store:
@@ -108,51 +59,40 @@ class Store:
         if strangers := {row["trial_id"] for row in (*rounds, *clients, *events)} - {trial_id}:
             raise ValueError(f"rows of {sorted(strangers)} came with trial {trial_id}")
         # A retry takes the old row away first: at no moment does it stand beside rounds that are not its own.
-        (self.path / "trials" / f"{trial_id}.parquet").unlink(missing_ok=True)
-        (self.path / "events" / f"{trial_id}.parquet").unlink(missing_ok=True)
-        tables: dict[TableName, Sequence[Row]] = {"rounds": rounds, "clients": clients, "events": events}
-        for table, rows in {**tables, "trials": [trial]}.items():
-            if rows or table != "events":
+        for table in ("trials", "events"):
+            file_of(self.path, table, trial_id).unlink(missing_ok=True)
+        content = {"rounds": rounds, "clients": clients, "events": events, "trials": [trial]}
+        for table in parquet.WRITTEN:
+            if content[table] or table != "events":
                 (self.path / table).mkdir(exist_ok=True)
-                write(self.path / table / f"{trial_id}.parquet", _encode(SCHEMAS[table], rows))
+                write(file_of(self.path, table, trial_id), parquet.encode(table, content[table]))
+
+    def quarantine(self) -> list[str]:
+        """Put damaged files aside with the rows of their trials, so that these run again; take leftovers away.
+
+        Only for who has the folder's lock. Returns a line for each file that was put aside.
+        """
+        return repair.quarantine(self.path)
 
     def discard(self, names: Sequence[str]) -> None:
-        """Takes trials out of all tables; the rows of `trials` first, so that no reader sees a part of one."""
-        for table in reversed(TABLES):
-            for name in names:
-                (self.path / table / f"{name}.parquet").unlink(missing_ok=True)
+        """Take trials out of all tables; the rows of `trials` first, so that no reader sees a part of one."""
+        compaction.discard(self.path, names)
 
     def finished(self) -> dict[str, str]:
         """Status (done, failed, stopped) of every trial that has a row, by trial id."""
-        return {row["trial_id"]: row["status"] for row in self._table("trials").to_pylist()}
+        return {row["trial_id"]: row["status"] for row in self.rows("trials")}
 
     def rows(self, table: TableName, trial_id: str | None = None) -> list[dict[str, Any]]:
         """The rows of a table, or of one trial in it, with None for what is missing; ordered as `read`."""
-        return list(self._table(table, trial_id).to_pylist())
+        return list(parquet.read(self.path, table, trial_id).to_pylist())
 
     def read(self, table: TableName) -> pd.DataFrame:
         """A table over all trials: the union of their columns, by trial_id, then as ORDER says.
 
         Raises Refused naming the file that is damaged.
         """
-        frame: pd.DataFrame = self._table(table).to_pandas()
+        frame: pd.DataFrame = parquet.read(self.path, table).to_pandas()
         return frame
-
-    def _table(self, table: TableName, trial_id: str | None = None) -> pa.Table:
-        own = self.path / table / f"{trial_id}.parquet"
-        files = [own] if trial_id and own.is_file() else sorted((self.path / table).glob("*.parquet"))
-        parts = [_load(file) for file in files if not file.name.startswith(".")]
-        try:
-            empty = pa.Table.from_batches([], SCHEMAS[table])  # empty_table() would import pandas
-            whole = pa.concat_tables([empty, *parts], promote_options="permissive")
-        except pa.ArrowException as problem:
-            raise Refused(f"the files of {self.path / table} do not fit together: {problem}") from None
-        if trial_id is not None:
-            whole = whole.filter(pc.equal(whole["trial_id"], pa.scalar(trial_id)))
-        if table != "trials":
-            committed = self._table("trials", trial_id)["trial_id"].combine_chunks()
-            whole = whole.filter(pc.is_in(whole["trial_id"], committed))
-        return whole.sort_by([(name, "ascending") for name in ORDER[table]])
 
 
 def _probe(folder: Path) -> None:
@@ -163,35 +103,6 @@ def _probe(folder: Path) -> None:
         probe.unlink()
     except OSError as problem:
         raise Refused(f"results folder {folder} can't be written: {problem.strerror or problem}") from None
-
-
-def _encode(schema: pa.Schema, rows: Sequence[Row]) -> pa.Buffer:
-    for name in dict.fromkeys(name for row in rows for name in row):
-        if name not in schema.names:
-            values = [row.get(name) for row in rows]
-            schema = schema.append(pa.field(name, _extra_type(name) or pa.array(values).type))
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), sink, compression="zstd")
-    return sink.getvalue()
-
-
-def _extra_type(name: str) -> pa.DataType | None:
-    """The type of a headline column; it can't be seen in the values when the only one is missing."""
-    if "_rounds_to_" in name or "_bytes_to_" in name:
-        return pa.int64()
-    return pa.float64() if "_accuracy_" in name else None
-
-
-def _load(file: Path) -> pa.Table:
-    try:
-        with pq.ParquetFile(file) as parquet:
-            return parquet.read(use_threads=False)
-    except (pa.ArrowException, OSError) as problem:
-        what = str(problem).splitlines()[0]
-        raise Refused(
-            f"{file} is damaged ({what}): delete it and its namesakes in {'/, '.join(TABLES)}/, "
-            "then run the sweep again, which repeats that trial"
-        ) from None
 
 
 def provenance() -> dict[str, str | bool | None]:

@@ -19,13 +19,13 @@ from harness.axes import Sweep
 from harness.checkpoint import Shelf, unpack
 from harness.config import Trial, digest, hyper_fields
 from harness.data import Arrays, card
-from harness.desk import Desk, Job, Result, final
+from harness.desk import Desk, Job, Result
 from harness.ledger import Ledger
 from harness.overrides import hyper_prefix
 from harness.record import Store, flatten, provenance
 from harness.refusal import Refused
 from harness.registry import label
-from harness.summary import headline
+from harness.summary import final, headline, rows_hash
 from harness.tracking import Tracker
 
 Row = dict[str, Any]
@@ -206,7 +206,7 @@ class Scribe(tune.Callback):
         name, rounds = job.name, [dict(row) for row in told.get("rounds", ())]
         for row in rounds:
             row.update({kind: json.dumps(row[kind], sort_keys=True) for kind in ("up_kinds", "down_kinds")})
-        row = self._row(job, told["summary"], rounds)
+        row = self._row(job, told["summary"], rounds) | {"rows_hash": rows_hash(rounds, told.get("clients", ()))}
         events = [*told.get("events", ()), *self._events.pop(name, ())]
         named = [[{"trial_id": name, **r} for r in part] for part in (rounds, told.get("clients", ()), events)]
         try:

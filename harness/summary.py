@@ -1,14 +1,51 @@
-"""What the rounds of a trial come to: the headline columns of its row."""
+"""What the rows of a trial come to: the headline columns, their hash, and whether it is the last word."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from numbers import Real
 from statistics import fmean
 from typing import Any
 
 Row = Mapping[str, Any]
 WINDOW = 10  # rounds of the headline's mean
+# The columns, of whatever table, that depend on the clock and the memory of the machine.
+CLOCKS = frozenset({"seconds", "server_seconds", "peak_memory_bytes", "started", "time"})
+
+
+def final(status: str, reason: str, stage: str) -> bool:
+    """Whether a trial that ended in this way is not run again.
+
+    A search has to come to a choice: what failed in it, or was stopped, stays so. Any other trial that failed is
+    tried again by the next command, unless its numbers diverged, which would only repeat itself.
+    """
+    return stage == "search" or status == "done" or (status == "failed" and reason.startswith("diverged"))
+
+
+def rows_hash(rounds: Iterable[Row], clients: Iterable[Row]) -> str:
+    """sha256 (hex) over a trial's rows in these tables without clock columns: equal for equal numbers.
+
+    Neither the order of the rows nor columns that are null count, and an integer is the float of its value: so it is
+    the same for what is handed over and for what is read back beside other trials.
+    """
+    found = hashlib.sha256()
+    for rows in (rounds, clients):
+        lines = sorted(json.dumps(_plain(row), sort_keys=True) for row in rows)
+        found.update("\n".join([*lines, ""]).encode())
+        found.update(b"\0")
+    return found.hexdigest()
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    kept = ((k, v) for k, v in row.items() if v is not None and k != "trial_id" and k not in CLOCKS)
+    return {k: [None if x is None else float(x) for x in v] if isinstance(v, list) else _number(v) for k, v in kept}
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, Real) else value
 
 
 def headline(rounds: Iterable[Row], targets: Sequence[float] = ()) -> dict[str, float | int | None]:

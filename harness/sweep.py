@@ -22,7 +22,7 @@ from harness.checkpoint import Shelf, unpack
 from harness.cohorts import read_trace
 from harness.config import Execution, Trial, trial_id
 from harness.data import Arrays, card, load
-from harness.desk import Book, Desk, Grid, Hunt, Job, Source, final
+from harness.desk import Book, Desk, Grid, Hunt, Job, Source
 from harness.errands import Errands
 from harness.population import Population
 from harness.record import Store, flatten
@@ -31,6 +31,7 @@ from harness.refusal import Refused
 from harness.room import at_once, bundles
 from harness.scribe import Outcome, Scribe, Watcher, command_of
 from harness.space import curve
+from harness.summary import final
 from harness.tracking import Tracker
 from harness.trial import DRIFTED, WAYS_ON, FederatedTrial, drift, versions
 from harness.work import make_setup
@@ -71,8 +72,8 @@ def run(sweep: Sweep, results: Path, watcher: Watcher, fresh: bool = False) -> O
     finally:
         if mine and ray.is_initialized():
             ray.shutdown()
-        lock.give_back(results)
         problems = tracker.close() if tracker is not None else []
+        lock.give_back(results)
     outcome.problems += problems
     return outcome
 

@@ -18,24 +18,24 @@ METHODS = sorted(p for p in (ROOT / "algorithms").glob("*.py") if p.name != "__i
 
 # A module imports only those above it.
 ORDER = """
-    refusal durable lock summary
+    refusal durable lock summary parquet compaction repair record
     trees losses mixes layers zoo nets protocol descent peers
     registry cards settings sections hypers schedule cohorts config overrides
     space plan searches axes
     formats text sources data deals partitions batches fit evaluate
     work host books checkpoint scoring server actors pool archive trial
     room cluster
-    record desk population ledger tracking scribe referee errands sweep
+    desk population ledger tracking scribe referee errands sweep
     places inference metrics cells caveats statistics tables typeset plots diagrams board
     terminal progress catalogue watch rig probes check show cli
 """.split()  # noqa: SIM905
 ONLY_IN = {
     "ray": {"actors", "pool", "archive", "trial", "cluster", "scribe", "referee", "errands", "sweep"},
-    "pyarrow": {"record"},
+    "pyarrow": {"parquet", "compaction", "repair"},
     "mlflow": {"tracking"},
 }
 LAZY = {"sklearn", "torchvision", "matplotlib", "mlflow", "optuna", "PIL"}  # slow: imported inside functions
-TORCH_FREE = "refusal durable lock cards record summary tracking board terminal".split()  # noqa: SIM905
+TORCH_FREE = "refusal durable lock parquet compaction repair record summary cards tracking board terminal".split()  # noqa: SIM905
 FOR_METHODS = {
     *("__future__", "abc", "collections", "dataclasses", "functools", "itertools", "math", "operator", "typing"),
     *("annotated_types", "torch"),

@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import record
+from harness.compaction import compact
 from harness.record import SCHEMAS, TABLES, Store, flatten, provenance
 from harness.refusal import Refused
-from harness.summary import headline
+from harness.summary import headline, rows_hash
 
 
 def trial_row(trial_id: str, **more: Any) -> dict[str, Any]:
@@ -413,3 +414,29 @@ def test_reading_needs_no_torch() -> None:
         cwd=Path(record.__file__).parents[1],
     )
     assert done.stdout.split() == []
+
+
+def test_the_hash_of_rows_is_that_of_their_numbers(tmp_path: Path) -> None:
+    """The same for what is handed over and for what is read back, alone, beside others and compacted."""
+    rounds = [round_row("aa", at, accuracy=at / 7 if at else None, seconds=1.5, extra=at) for at in range(3)]
+    clients = [client_row("aa", 0, c) for c in range(2)]
+    told = rows_hash(rounds, clients)
+    store = Store(tmp_path / "s")
+    store.commit(trial_row("aa"), rounds, clients)
+    assert rows_hash(store.rows("rounds", "aa"), store.rows("clients", "aa")) == told
+    store.commit(trial_row("bb"), [round_row("bb", 0, extra=0.5, loss=float("nan"))], [client_row("bb", 0, 0)])
+    compact(store.path)
+    assert rows_hash(store.rows("rounds", "aa"), store.rows("clients", "aa")) == told
+    assert rows_hash(reversed(rounds), clients) == told
+    later = [row | {"seconds": 2.5, "trial_id": "cc"} for row in rounds]
+    assert rows_hash(later, clients) == told
+    changes: list[tuple[list[Any], list[Any]]] = [
+        ([*rounds[:2], rounds[2] | {"accuracy": np.nextafter(2 / 7, 1)}], clients),
+        ([*rounds[:2], rounds[2] | {"role": "teacher"}], clients),
+        ([*rounds[:2], rounds[2] | {"recall": [0.25, 0.5]}], clients),
+        (rounds[:2], clients),
+        (rounds, [*clients, clients[0]]),
+        (rounds, [clients[0], clients[1] | {"steps": 4}]),
+        ([*rounds, *clients], []),
+    ]
+    assert len({told, *(rows_hash(*change) for change in changes)}) == 1 + len(changes)
