@@ -2,16 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, overload
+
+import torch
 
 from harness.protocol import Broadcast, Visit
 from harness.trees import bytes_by_kind
 from harness.work import Report
 
 Row = dict[str, Any]
+
+
+class Pages(Sequence[Row]):
+    """Rows in the order in which they were booked. Only the last page is held as it is, the others packed.
+
+    As Python objects the rows of some thousand rounds would weigh more than all that a small trial works with. Rows
+    are what JSON can hold; those of packed pages come back as new objects.
+    """
+
+    PAGE = 256  # rows
+    OPENED = 2  # packed pages that are held unpacked, too: those that were read last
+
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        self._pages: list[bytes] = []
+        self._last: list[Row] = []
+        self._opened: dict[int, list[Row]] = {}
+        for row in rows:
+            self.append(row)
+
+    def append(self, row: Row) -> None:
+        """Books a row."""
+        self._last.append(row)
+        if len(self._last) == self.PAGE:
+            self._pages.append(zlib.compress(json.dumps(self._last).encode()))
+            self._last = []
+
+    def packed(self) -> dict[str, Any]:
+        """For a checkpoint: pages as tensors of bytes, and the rows of the last one."""
+        pages = [torch.frombuffer(bytearray(page), dtype=torch.uint8) for page in self._pages]
+        return {"pages": pages, "last": list(self._last)}
+
+    @classmethod
+    def unpacked(cls, packed: Mapping[str, Any] | list[Row]) -> Pages:
+        """The pages that were packed; a list is taken as it is."""
+        if isinstance(packed, list):
+            return cls(packed)
+        made = cls(packed["last"])
+        made._pages = [bytes(page.numpy()) for page in packed["pages"]]
+        return made
+
+    def __len__(self) -> int:
+        return len(self._pages) * self.PAGE + len(self._last)
+
+    @overload
+    def __getitem__(self, at: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Row]: ...
+
+    def __getitem__(self, at: int | slice) -> Row | list[Row]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        page, place = divmod(range(len(self))[at], self.PAGE)
+        return self._page(page)[place]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _page(self, number: int) -> list[Row]:
+        if number == len(self._pages):
+            return self._last
+        if number not in self._opened:
+            if len(self._opened) == self.OPENED:
+                del self._opened[next(iter(self._opened))]
+            self._opened[number] = json.loads(zlib.decompress(self._pages[number]))
+        return self._opened[number]
+
+
+def rows_in(snapshot: Mapping[str, Any], table: str) -> list[Row]:
+    """The rows of a table that a server's snapshot holds."""
+    return list(Pages.unpacked(snapshot.get(table, [])))
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness.books import rows_in
 from harness.checkpoint import Shelf, unpack
 from harness.desk import Result
 from harness.record import Store
@@ -45,8 +46,7 @@ class Ledger:
         if ended is not None:
             return ended.rounds
         content = self.content(name)
-        found: Sequence[Row] = [] if content is None else unpack(content)["server"]["rounds"]
-        return found
+        return [] if content is None else rows_in(unpack(content)["server"], "rounds")
 
     def reached(self, name: str) -> int:  # noqa: D102
         if name not in self._reached:

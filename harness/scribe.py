@@ -16,6 +16,7 @@ from ray import tune
 
 from harness import RULES_VERSION
 from harness.axes import Sweep
+from harness.books import rows_in
 from harness.checkpoint import Shelf, unpack
 from harness.config import Trial, digest, hyper_fields
 from harness.data import Arrays, card
@@ -175,7 +176,7 @@ class Scribe(tune.Callback):
     def close(self, job: Job, reason: str) -> None:  # noqa: D102
         content = self.ledger.content(job.name)
         kept = unpack(content) if content is not None else {"server": {}, "summary": {}}
-        told = {table: kept["server"].get(table, []) for table in ("rounds", "clients", "events")}
+        told = {table: rows_in(kept["server"], table) for table in ("rounds", "clients", "events")}
         self._book(job, {**told, "summary": {**kept["summary"], "status": "stopped", "reason": reason}})
 
     def resumed(self, job: Job) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from harness.batches import Rows
-from harness.books import Cost, Row, bytes_down, client_row, lost, merge_costs, merge_counts
+from harness.books import Cost, Pages, Row, bytes_down, client_row, lost, merge_costs, merge_counts
 from harness.cohorts import Roster, draw_cohort, draw_roster
 from harness.evaluate import Vector
 from harness.fit import Workbench
@@ -53,8 +53,8 @@ class Server:
         self.state: State = to(self.method.init(self.world, stream(self.trial.seed, "init")), self.device)
         self.memories: dict[Visit, Any] = {}
         self.round = 0
-        self.rounds: list[Row] = []
-        self.clients: list[Row] = []
+        self.rounds = Pages()
+        self.clients = Pages()
         self.events: list[Event] = []
         self.proxy_holders: list[int] = []
         self._proxy_bytes = 0 if setup.proxy is None else sum(part.nbytes for part in setup.proxy)
@@ -120,19 +120,21 @@ class Server:
         """All that a server needs to go on from here, bit for bit: what `checkpoint.pack` takes."""
         self.flush()
         memories = [[v.client, v.role, self.pool.fetch(handle)] for v, handle in sorted(self.memories.items())]
+        self.events += self.pool.drain()
+        rows = {"rounds": self.rounds.packed(), "clients": self.clients.packed(), "events": list(self.events)}
         more = {"proxy_holders": self.proxy_holders, "empty": self._empty}
-        return {"round": self.round, "state": self.state, "memories": memories, **self.tables(), **more}
+        return {"round": self.round, "state": self.state, "memories": memories, **rows, **more}
 
-    def tables(self) -> dict[str, Any]:
+    def tables(self) -> dict[str, list[Row]]:
         """All rows so far, by table."""
         self.events += self.pool.drain()
-        return {"rounds": self.rounds, "clients": self.clients, "events": self.events}
+        return {"rounds": list(self.rounds), "clients": list(self.clients), "events": self.events}
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Goes back to a snapshot of the same trial."""
         self.round, self.state = snapshot["round"], to(snapshot["state"], self.device)
         self.memories = {Visit(client, role): self.pool.put(tree) for client, role, tree in snapshot["memories"]}
-        self.rounds, self.clients = list(snapshot["rounds"]), list(snapshot["clients"])
+        self.rounds, self.clients = Pages.unpacked(snapshot["rounds"]), Pages.unpacked(snapshot["clients"])
         self.events, self._empty = list(snapshot.get("events", [])), snapshot.get("empty", 0)
         self.proxy_holders = list(snapshot["proxy_holders"])
 

@@ -6,6 +6,7 @@ A new file in algorithms/ is tested here without a line being added.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
-from harness import catalogue, cli, registry
+from harness import catalogue, cli, registry, rig
 from harness.check import check
 from harness.rig import HELD, LOCAL, ONE_CLASS, SIZES, luck, run, tiny
 from harness.watch import FarPool, difference, prints, weigh
@@ -378,6 +379,16 @@ def file(folder: Path, name: str, body: str) -> str:
     path = folder / f"{name}.py"
     path.write_text(HEAD + indent(dedent(body), "    "), encoding="utf-8")
     return str(path)
+
+
+@pytest.mark.parametrize("method", registry.names())
+def test_every_method_bears_a_client_of_one_row(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Client 2 has one, which is one of another class than most; nothing that is booked is NaN or infinite."""
+    monkeypatch.setattr(rig, "SIZES", (17, 9, 1, 14, 12))
+    done = run(tiny(method, {}, registry.make(method, {}).needs, rounds=2, participation=1.0))
+    numbers = [x for row in (*done.rounds, *done.clients) for x in row.values() if isinstance(x, float)]
+    assert len(done.rounds) >= 2
+    assert all(map(math.isfinite, numbers))
 
 
 @pytest.mark.parametrize("method", registry.names())

@@ -471,3 +471,28 @@ def test_clients_without_rows_are_never_picked(lab: Lab) -> None:
     server = lab.run("fedavg", sizes=(12, 0, 8), rounds=2)
     assert [c["client"] for c in server.clients] == [0, 2, 0, 2]
     assert 0 <= server.rounds[-1]["own_label_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_client_of_one_row_learns_from_it(lab: Lab, drop_last: bool) -> None:
+    """Also with BatchNorm, for which a batch of one row has but the variance within its maps.
+
+    Client 1's last batch has one row, too: drop_last leaves it out, but not one that is all there is.
+    """
+    local = {"drop_last": drop_last}
+    server = lab.run("fedavg", net="fedgen-cnn-bn", sizes=(1, 9, 16), rounds=2, local=local)
+    assert [c["steps"] for c in server.clients[:3]] == [1, 1 if drop_last else 2, 2]
+    assert all(math.isfinite(row[key]) for row in server.rounds for key in ("loss", "train_loss"))
+
+
+def test_a_client_of_one_class_is_one_of_many(lab: Lab) -> None:
+    """Its own-label accuracy is the recall of its class."""
+    setup = lab.setup("fedavg", sizes=(10, 10), rounds=1)
+    labels = setup.arrays.y_train
+    clients = tuple(np.flatnonzero(rows) for rows in (labels == 2, labels != 2))
+    counts = np.stack([np.bincount(labels[rows], minlength=4) for rows in clients])
+    server = lab.server(replace(setup, split=replace(setup.split, clients=clients, counts=counts)))
+    server.step()
+    (row,) = server.rounds
+    other = np.average(row["recall"], weights=[5, 5, 0, 5])
+    assert row["own_label_accuracy"] == pytest.approx((row["recall"][2] + other) / 2)
