@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness import cards, config, overrides, registry, searches
+from harness import cards, config, overrides, published, registry, searches
 from harness.config import Execution, Trial
 from harness.overrides import Setting, Target
 from harness.plan import MOST_CELLS, Plan, Ranges, axes_of, located, refuse_unread
@@ -18,7 +18,7 @@ from harness.settings import Unfit, check
 from harness.space import SearchPlan
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_TABLES = ("name", "title", "methods", "seeds", "base", "hyper", "grid", "search", "execution")
+_TABLES = ("name", "title", "methods", "seeds", "base", "hyper", "grid", "search", "execution", "published")
 # Each of these follows from the other, so setting one takes back what an earlier layer said of the other.
 _EXCLUSIVE = {"cohort": "participation", "participation": "cohort"}
 
@@ -28,6 +28,7 @@ class Sweep:
     """Trials that belong together. axes: the keys that vary between them, beside method and seed.
 
     search: what is searched for, if anything is; `cells` are then those of methods that nothing is searched for with.
+    published: whose numbers it is meant to reproduce, a name of `published.names()`; or empty.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Sweep:
     axes: tuple[str, ...]
     execution: Execution
     search: SearchPlan | None = None
+    published: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def load_sweep(card: str | Path, texts: Sequence[str] = ()) -> Sweep:
         raise Refused(f"{path.name}: no methods; write methods = [...] with some of {', '.join(registry.names())}")
     _check_methods(listed)
     written = _read(raw, path, listed.values)
-    return _build(name, title, methods or listed, seeds or counted, written, given)
+    meant = published.checked(raw["published"], cards.place(path, "published")) if "published" in raw else ""
+    return replace(_build(name, title, methods or listed, seeds or counted, written, given), published=meant)
 
 
 def run_sweep(method: str, texts: Sequence[str] = ()) -> Sweep:

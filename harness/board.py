@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import durable, tables, typeset
+from harness import durable, sheets, tables, typeset
 from harness.cells import Grid, fill
 from harness.metrics import HEADLINE, present, wants_rounds
 from harness.places import competing, grouped
 from harness.record import Row, Store
 from harness.refusal import Refused
 from harness.statistics import Summary, summarise
-
-FILES: dict[str, Callable[[str, Summary, Sequence[Grid]], str]] = {
-    "leaderboard.md": tables.markdown,
-    "leaderboard.csv": tables.csv_text,
-    "leaderboard.tex": typeset.latex,
-}
+from harness.verdicts import Verdict, verdicts
 
 
 @dataclass(frozen=True)
 class Board:
-    """A results folder's leaderboards. first: with all its statistics; others: the cells of the other metrics."""
+    """A results folder's leaderboards. first: with all its statistics; others: the cells of the other metrics.
+
+    beside: published values, where there are any for these settings.
+    """
 
     results: Path
     trials: tuple[Row, ...]
     first: Summary
     others: tuple[Grid, ...]
+    beside: tuple[Verdict, ...] = ()
 
     @property
     def name(self) -> str:
@@ -52,18 +51,27 @@ def read(results: Path | str, metric: str = HEADLINE, baseline: str | None = Non
     places = grouped(kept)
     others = dict.fromkeys([HEADLINE, *present(kept)])
     grids = tuple(fill(kept, (), other, places) for other in others if other != metric)
-    return Board(Path(results), tuple(trials), first, grids)
+    return Board(Path(results), tuple(trials), first, grids, verdicts(kept, places))
 
 
 def write(board: Board, folder: Path | str | None = None) -> list[Path]:
-    """Write leaderboard.md, .csv and .tex into a folder, by default that of the results; each whole or not at all."""
-    place = Path(folder or board.results)
+    """Write leaderboard.md, .csv and .tex into a folder, by default that of the results; each whole or not at all.
+
+    Beside them published.csv, where there are published values for these settings.
+    """
+    place, first, others = Path(folder or board.results), board.first, board.others
+    texts = {
+        "leaderboard.md": tables.markdown(board.name, first, others, board.beside),
+        "leaderboard.csv": sheets.cells_text(first, others),
+        "leaderboard.tex": typeset.latex(board.name, first, board.beside),
+        **({"published.csv": sheets.beside_text(board.beside)} if board.beside else {}),
+    }
     written = []
-    for name, render in FILES.items():
+    for name, text in texts.items():
         target = place / name
         try:
             place.mkdir(parents=True, exist_ok=True)
-            durable.write(target, render(board.name, board.first, board.others).encode())
+            durable.write(target, text.encode())
         except OSError as problem:
             raise Refused(f"{target} can't be written: {problem.strerror or problem}") from None
         written.append(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -11,15 +12,24 @@ from harness.refusal import Refused, unknown
 
 _HEADER = re.compile(r"\[+([^\[\]]+)\]+\s*(?:#.*)?")
 _HERE = Path(__file__).resolve().parent
+_ELSEWHERE = {"published": "results/published"}  # the others lie at the top
 
 
 def root(kind: str) -> Path:
-    """The folder of the shipped cards of a kind ("datasets", "sweeps").
+    """The folder of what is shipped of a kind ("datasets", "sweeps", "published").
 
-    In a wheel the cards travel inside this package; in a checkout they lie at the top, where people look for them.
+    In a wheel it travels inside this package; in a checkout it lies where people look for it.
     """
     packaged = _HERE / "_cards" / kind
-    return packaged if packaged.is_dir() else _HERE.parent / kind
+    return packaged if packaged.is_dir() else _HERE.parent / _ELSEWHERE.get(kind, kind)
+
+
+def methods() -> list[str]:
+    """The shipped methods, by file name: fedavg, ema-teacher, ... None of them is imported."""
+    folder = importlib.util.find_spec("algorithms")
+    places = list(folder.submodule_search_locations or ()) if folder else []
+    files = [f for place in places for f in Path(place).glob("*.py") if not f.name.startswith("_")]
+    return sorted(f.stem.replace("_", "-") for f in files)
 
 
 def names(kind: str) -> list[str]:

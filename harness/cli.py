@@ -169,6 +169,7 @@ def _print_board(results: Path, metric: str, baseline: str | None = None, to: Pa
         ("method", tables.matrix(found)),
         (f"difference to {found.baseline.name}" if found.baseline else "", tables.differences(found)),
         ("over all settings", tables.overall(found)),
+        ("beside published numbers", tables.beside([one for one in board.beside if one.cell])),
     ):
         if lines:
             grid = Table(show_edge=False, pad_edge=False)
@@ -178,7 +179,9 @@ def _print_board(results: Path, metric: str, baseline: str | None = None, to: Pa
             for line in lines[1:]:
                 grid.add_row(*map(Text, line))
             out.print(grid, "")
-    for note in filter(None, (tables.ranks(found), *found.notes)):
+    absent = sum(one.cell is None for one in board.beside)
+    beside = f"{absent} published values of the same sources were not run here: see published.csv." if absent else ""
+    for note in filter(None, (tables.ranks(found), *found.notes, beside)):
         out.print(f"- {note}", highlight=False, markup=False)
     names = ", ".join(path.name for path in (*written, *(boards.draw(board, to) if to else ())))
     out.print(f"Written to {to or results}: {names}", highlight=False, markup=False, soft_wrap=True)

@@ -47,7 +47,7 @@ def _schema(text: str, whole: str, real: str, flags: str = "", lists: str = "") 
 SCHEMAS: dict[TableName, pa.Schema] = {
     "trials": _schema(
         text="trial_id sweep status reason method dataset net config config_hash partition_hash data_hash commit "
-        "versions device command started stage drift search rows_hash",
+        "versions device command started stage drift search rows_hash published",
         whole="seed clients rules_version hosts threads rounds_done peak_memory_bytes up_bytes down_bytes steps "
         "server_steps samples",
         real="participation alpha partition_js partition_classes partition_size_cv seconds",

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from harness import cards
 from harness.protocol import Algorithm
 from harness.refusal import Refused, unknown
 
@@ -25,10 +26,7 @@ _texts: dict[str, bytes] = {}  # sha256 -> content of the files read so far
 
 def names() -> list[str]:
     """The shipped methods, by file name: fedavg, ema-teacher, ..."""
-    folder = importlib.util.find_spec("algorithms")
-    places = list(folder.submodule_search_locations or ()) if folder else []
-    files = [f for place in places for f in Path(place).glob("*.py") if not f.name.startswith("_")]
-    return sorted(f.stem.replace("_", "-") for f in files)
+    return cards.methods()
 
 
 def label(name: str) -> str:

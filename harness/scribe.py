@@ -231,6 +231,7 @@ class Scribe(tune.Callback):
         return {
             "trial_id": job.name,
             "sweep": self.sweep.name,
+            "published": self.sweep.published or None,
             "stage": job.stage or None,
             "search": job.origin,
             **{key: summary.get(key) for key in kept},

@@ -1,17 +1,23 @@
-"""A leaderboard as text: Markdown for people, CSV for machines. Names and reasons are data, never markup."""
+"""A leaderboard as text for people: Markdown. Names and reasons are data, and must not act as markup."""
 
 from __future__ import annotations
 
-import csv
 import html
 import re
 from collections.abc import Iterator, Sequence
-from io import StringIO
+from dataclasses import replace
 
 from harness.cells import Cell, Difference, Grid
 from harness.inference import Interval
-from harness.metrics import Metric
+from harness.metrics import HEADLINE, METRICS, Metric
 from harness.statistics import ALPHA, Pooled, Summary
+from harness.verdicts import Verdict
+
+BESIDE = (
+    "Inside, outside: whether the published value lies in the 95 % interval of our mean. Compared are the net, the "
+    "clients and what becomes of them, the partition, the budget, the optimizer and how accuracy was measured: what "
+    "differs makes a value not comparable; what a source does not state is named."
+)
 
 
 def spelled(cell: Cell, how: Metric) -> str:
@@ -122,76 +128,42 @@ def ranks(summary: Summary) -> str:
     )
 
 
-def markdown(name: str, first: Summary, others: Sequence[Grid] = ()) -> str:
-    """The leaderboard of a results folder: the first metric in full, then the cells of the others."""
+def beside(found: Sequence[Verdict]) -> list[list[str]]:
+    """Published values beside ours in the same form, with a head; empty without any."""
+    lines = [["method", "setting", "source", "published (%)", "ours (%)", "difference", "verdict"]]
+    for one in found:
+        theirs, cell = one.theirs, one.cell
+        sd = "" if theirs.sd is None else f" ± {theirs.sd:g}"
+        ours = spelled(replace(cell, letters=""), METRICS[HEADLINE]) if cell else "-"
+        apart = "-" if one.difference is None else f"{one.difference:+.2f}"
+        name = f"{theirs.method} ({theirs.role})" if theirs.role else theirs.method
+        place = f"{theirs.source}, {theirs.table}"
+        lines.append([name, theirs.setting, place, f"{theirs.value:g}{sd}", ours, apart, str(one)])
+    return lines if found else []
+
+
+def markdown(name: str, first: Summary, others: Sequence[Grid] = (), found: Sequence[Verdict] = ()) -> str:
+    """The leaderboard of a results folder: the first metric in full, published numbers, the cells of the others."""
     parts = [f"# Leaderboard: {escaped(name)}", f"## {escaped(first.title)}", grid(matrix(first))]
-    if found := differences(first):
-        parts += [f"Difference to {escaped(first.baseline.name if first.baseline else '')}:", grid(found)]
-    if found := overall(first):
-        parts += ["Over all settings, each of which counts the same:", grid(found), escaped(ranks(first))]
+    if lines := differences(first):
+        parts += [f"Difference to {escaped(first.baseline.name if first.baseline else '')}:", grid(lines)]
+    if lines := overall(first):
+        parts += ["Over all settings, each of which counts the same:", grid(lines), escaped(ranks(first))]
     parts.append("\n".join(f"- {escaped(note)}" for note in first.notes))
+    if lines := beside(found):
+        parts += ["## Beside published numbers", grid(lines, texts=7), BESIDE]
     for other in others:
         parts += [f"## {escaped(other.title)}", grid(matrix(other))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def grid(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first line is its head."""
+def grid(lines: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A Markdown table; the first line is its head, the first columns are texts of others."""
     rule = ["---"] + ["---:"] * (len(lines[0]) - 1)
-    body = [[escaped(line[0]), *(text.replace("*", "\\*") for text in line[1:])] for line in lines[1:]]
+    body = [[*map(escaped, line[:texts]), *(cell.replace("*", "\\*") for cell in line[texts:])] for line in lines[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in [[*map(escaped, lines[0])], rule, *body])
 
 
 def escaped(text: str) -> str:
     """For Markdown: names and reasons are data, and must neither break the table nor act as HTML or a link."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
-
-
-COLUMNS = (
-    *("metric", "unit", "method", "role", "row", "setting", "n", "mean", "sd", "iqm", "low", "high", "interval"),
-    *("letters", "baseline", "pairs", "unpaired", "difference", "difference_low", "difference_high", "p", "p_holm"),
-    *("test", "failed", "diverged", "stopped", "absent", "steps", "server_steps", "values", "trials"),
-)
-
-
-def csv_text(name: str, first: Summary, others: Sequence[Grid] = ()) -> str:
-    """Every cell of every metric as a line of CSV, with all that is known of it; empty where there is nothing.
-
-    values: "seed=value" for each; p: uncorrected. Texts that a spreadsheet would take for formulas are quoted.
-    """
-    out = StringIO()
-    sheet = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
-    sheet.writeheader()
-    grids: list[Summary | Grid] = [first, *others]
-    for one in grids:
-        for line, cells in zip(one.lines, one.cells, strict=True):
-            for cell in cells:
-                known = {"metric": one.metric, "unit": one.how.unit, "row": line.name, **_sheet(cell)}
-                sheet.writerow({key: guarded(v) if isinstance(v, str) else v for key, v in known.items()})
-    return out.getvalue()
-
-
-def _sheet(cell: Cell) -> dict[str, object]:
-    known: dict[str, object] = {
-        **{key: getattr(cell, key) for key in ("method", "role", "setting", "n", "mean", "sd", "iqm", "low", "high")},
-        **{key: getattr(cell, key) for key in ("letters", "failed", "diverged", "stopped", "absent")},
-        **{key: getattr(cell, key) for key in ("steps", "server_steps")},
-        "interval": cell.interval.kind if cell.interval else "",
-        "values": " ".join(f"{seed}={value!r}" for seed, value in cell.values.items()),
-        "trials": " ".join(cell.trial_ids),
-    }
-    if (made := cell.difference) is not None:
-        known |= {"baseline": made.baseline, "pairs": made.paired.n, "unpaired": made.unpaired, "p_holm": made.p}
-        known |= {
-            "difference": made.paired.mean if made.paired.n else "",
-            "p": made.paired.p,
-            "test": made.paired.test,
-        }
-        if made.paired.interval:
-            known |= {"difference_low": made.paired.interval.low, "difference_high": made.paired.interval.high}
-    return {key: "" if value is None else value for key, value in known.items()}
-
-
-def guarded(text: str) -> str:
-    """A text that no spreadsheet takes for a formula: one that begins like one gets an apostrophe in front."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

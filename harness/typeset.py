@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from textwrap import wrap
 
-from harness.cells import Cell, Difference, Grid
+from harness.cells import Cell, Difference
 from harness.metrics import Metric
 from harness.statistics import ALPHA, Summary
-from harness.tables import overall, ranks, shortened
+from harness.tables import BESIDE, between, overall, ranks, shortened
+from harness.verdicts import Verdict
 
 ACROSS = {"cells": 4, "differences": 2}  # settings that fit side by side; more go into further tables
 RAISED = 6  # letters beside a number, with which the columns still fit
@@ -25,10 +26,10 @@ HEAD = """% Written by fedstill from the tables of {name}. In the preamble: \\us
 """
 
 
-def latex(name: str, first: Summary, others: Sequence[Grid] = ()) -> str:
-    """Tables to \\input: the cells of the first metric, the differences to the baseline, all settings together.
+def latex(name: str, first: Summary, found: Sequence[Verdict] = ()) -> str:
+    """Tables to \\input: the cells, the differences to the baseline, all settings together, published values.
 
-    others: not typeset; they are in the CSV file.
+    Of the published values only those that were run here; all are in the CSV file.
     """
     label = f"tab:{re.sub('[^a-z0-9]', '-', first.metric)}"
     parts = [HEAD.format(name=_plain(name))]
@@ -50,11 +51,31 @@ def latex(name: str, first: Summary, others: Sequence[Grid] = ()) -> str:
                 if line != first.baseline
             ]
             parts.append(_table(f"{title}{more}.", f"{label}-difference-{part}", _head(first, columns), lines))
-    if found := overall(first):
-        body = [list(map(escaped, line)) for line in found[1:]]
+    if whole := overall(first):
+        body = [list(map(escaped, line)) for line in whole[1:]]
         title = f"{first.title} over all settings, each of which counts the same."
-        parts.append(_table(title, f"{label}-overall", found[0], body, [ranks(first)] if first.ranking else []))
+        parts.append(_table(title, f"{label}-overall", whole[0], body, [ranks(first)] if first.ranking else []))
+    if run := [one for one in found if one.cell is not None]:
+        lines = [_beside(one) for one in run]
+        title = "Published accuracies (\\%) beside ours, with the 95 % interval of our mean."
+        head = ["method", "setting", "published", "ours", "verdict"]
+        sources = "; ".join(dict.fromkeys(one.theirs.source for one in run))
+        parts.append(
+            _table(title.replace("\\%", "%"), "tab:published", head, lines, [f"Published: {sources}. {BESIDE}"])
+        )
     return "\n".join(parts)
+
+
+def _beside(one: Verdict) -> list[str]:
+    theirs, cell = one.theirs, one.cell
+    ours = (
+        "--"
+        if cell is None or cell.mean is None
+        else f"{cell.mean:.2f} {escaped(between(cell.interval, 2))}".rstrip()
+    )
+    name = f"{theirs.method} ({theirs.role})" if theirs.role else theirs.method
+    value = f"{theirs.value:.2f}" + ("" if theirs.sd is None else f" $\\pm$ {theirs.sd:.2f}")
+    return [escaped(name), _stacked(theirs.setting, 24), value, ours, one.finding]
 
 
 def _parts(summary: Summary, across: int) -> Iterator[tuple[int, range, str]]:
@@ -96,9 +117,9 @@ def _table(
     )
 
 
-def _stacked(text: str) -> str:
+def _stacked(text: str, width: int = 14) -> str:
     """The parts of a setting below each other, or the words of what is none."""
-    parts = [escaped(part) for part in (text.split(", ") if "=" in text else wrap(text, 14))]
+    parts = [escaped(part) for part in (text.split(", ") if "=" in text else wrap(text, width))]
     return parts[0] if len(parts) == 1 else "\\shortstack[r]{" + " \\\\ ".join(parts) + "}"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import board, diagrams, plots, tables
+from harness import board, diagrams, plots, sheets, tables
 from harness.board import read, write
 from harness.places import grouped
 from harness.plots import Undrawn, learning_curves
@@ -205,7 +205,7 @@ def test_write_makes_three_files_whole_or_not_at_all(store: Store, tmp_path: Pat
 
 def sheet(results: Path) -> list[dict[str, str]]:
     found = read(results)
-    return list(csv.DictReader(StringIO(tables.csv_text(found.name, found.first, found.others))))
+    return list(csv.DictReader(StringIO(sheets.cells_text(found.first, found.others))))
 
 
 def test_csv_has_every_cell_with_its_values(store: Store) -> None:

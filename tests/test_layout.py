@@ -19,14 +19,14 @@ METHODS = sorted(p for p in (ROOT / "algorithms").glob("*.py") if p.name != "__i
 # A module imports only those above it.
 ORDER = """
     refusal durable lock summary parquet compaction repair record
-    trees losses mixes layers zoo nets protocol descent peers
-    registry cards settings sections hypers schedule cohorts config overrides
+    cards published trees losses mixes layers zoo nets protocol descent peers
+    registry settings sections hypers schedule cohorts config overrides
     space plan searches axes
     formats text sources data deals partitions batches fit evaluate
     work host books checkpoint scoring server actors pool archive trial
     room cluster
     desk population ledger tracking scribe referee errands sweep
-    places inference metrics cells caveats statistics tables typeset plots diagrams board
+    places inference metrics cells caveats statistics verdicts tables sheets typeset plots diagrams board
     terminal progress catalogue watch rig probes check show cli
 """.split()  # noqa: SIM905
 ONLY_IN = {
