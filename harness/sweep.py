@@ -52,9 +52,11 @@ def run(sweep: Sweep, results: Path, watcher: Watcher, fresh: bool = False) -> O
         if mine and cluster.address(how):
             watcher.note(cluster.start(how, sweep.cells))
         cluster.check_room(how, cluster.supply())
+        store = _opened(results) if results.exists() else None
+        for note in store.quarantine() if store is not None else ():  # first: what is damaged runs again
+            watcher.note(note)
         sets = _check_data(_cells(sweep) if fresh else _undone(sweep, results), how)
-        store = Store(results)
-        lock.take(results)
+        store = store or _opened(results)
         for note in (*(_discard(sweep, store) if fresh else ()), *_strangers(sweep, store)):
             watcher.note(note)
         tracker = Tracker(None, sweep.name, results) if how.mlflow else None
@@ -78,6 +80,13 @@ def run(sweep: Sweep, results: Path, watcher: Watcher, fresh: bool = False) -> O
     return outcome
 
 
+def _opened(results: Path) -> Store:
+    """The folder's tables, with the lock in this process's hands."""
+    store = Store(results)
+    lock.take(results)
+    return store
+
+
 def _cells(sweep: Sweep) -> list[Trial]:
     """Every cell that is known ahead, and one for each group of a search."""
     groups = sweep.search.groups if sweep.search is not None else ()
@@ -88,11 +97,7 @@ def _undone(sweep: Sweep, results: Path) -> list[Trial]:
     """The cells whose data will be needed. What is there is only read."""
     if sweep.search is not None or not results.exists():
         return _cells(sweep)
-    store = Store(results, writable=False)
-    try:
-        rows = store.rows("trials")
-    except Refused:  # a damaged file, which will be put aside
-        return _cells(sweep)
+    rows = Store(results, writable=False).rows("trials")
     over = {row["trial_id"] for row in rows if final(row["status"], row["reason"] or "", "")}
     return [cell for cell in sweep.cells if trial_id(cell) not in over]
 
