@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,25 @@ def placeable(how: Execution) -> str | None:
     except (Refused, RayError) as error:
         return str(error)
     return None
+
+
+@contextmanager
+def patient() -> Iterator[None]:
+    """Lets a sweep outlive its nodes. Ray waits for one that has vanished when a trial's room there is given back,
+    then raises, for which Tune would give up all; so the room is given back beside the sweep.
+    """
+    owner: Any = importlib.import_module("ray.air.execution.resources.placement_group")
+    before = owner.remove_placement_group
+
+    def give_back(room: Any) -> None:
+        with suppress(RayError):  # it is given back once Ray knows that the node is dead, or when the sweep ends
+            before(room)
+
+    owner.remove_placement_group = lambda room: threading.Thread(target=give_back, args=(room,), daemon=True).start()
+    try:
+        yield
+    finally:
+        owner.remove_placement_group = before
 
 
 class Lookout:

@@ -50,7 +50,7 @@ def run(sweep: Sweep, results: Path, watcher: Watcher, fresh: bool = False) -> O
     how, mine, tracker, outcome = sweep.execution, not ray.is_initialized(), None, Outcome(results)
     try:
         if mine and cluster.address(how):
-            watcher.note(cluster.start(how, sweep.cells))
+            watcher.note(cluster.start(how, _cells(sweep)))
         cluster.check_room(how, cluster.supply())
         store = _opened(results) if results.exists() else None
         for note in store.quarantine() if store is not None else ():  # first: what is damaged runs again
@@ -68,7 +68,7 @@ def run(sweep: Sweep, results: Path, watcher: Watcher, fresh: bool = False) -> O
         outcome.already = sum(source.found for source in sources)
         watcher.begin(trials, rounds, outcome.already)
         if not scribe.desk.over:
-            cluster.start(how)
+            cluster.start(how, _cells(sweep))
             _tune(sweep, sets, scribe)
         outcome.problems += [source.problem for source in sources if source.problem]
     finally:
@@ -183,7 +183,7 @@ def _tune(sweep: Sweep, sets: Mapping[str, Arrays], scribe: Scribe) -> None:
     scratch = tempfile.mkdtemp(prefix="fedstill-")  # Tune's own state is disposable
     scribe.lookout = cluster.Lookout(how)
     try:
-        tune.Tuner(
+        tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(FederatedTrial, data=data), room),
             tune_config=tune.TuneConfig(
                 search_alg=Errands(scribe, archive),
@@ -200,7 +200,9 @@ def _tune(sweep: Sweep, sets: Mapping[str, Arrays], scribe: Scribe) -> None:
                 # At the end Tune would save a checkpoint, for which all nodes had to share this machine's files.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
-        ).fit()
+        )
+        with cluster.patient():
+            tuner.fit()
     except TuneError:
         if scribe.trouble is not None:  # Tune makes a text of it
             raise scribe.trouble from None
