@@ -91,9 +91,25 @@ def board(
             help="a folder for leaderboard.md, .csv, .tex and the pictures; default: no pictures, the rest there"
         ),
     ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="show the page while a sweep runs; nothing is written")
+    ] = False,
+    port: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="of --serve, on 127.0.0.1; 0: any that is free; default 8765"),
+    ] = None,
 ) -> None:
-    """Print the leaderboard of a results folder with its statistics, and write it as Markdown, CSV and LaTeX."""
-    _print_board(results, metric, baseline, out)
+    """Print the leaderboard of a results folder, and write it as HTML, Markdown, CSV and LaTeX."""
+    if not serve and port is not None:
+        raise Refused("--port is where --serve shows the page: give both, or neither")
+    if not serve:
+        return _print_board(results, metric, baseline, out)
+    if metric != "accuracy_last10" or out is not None:
+        raise Refused("--serve writes nothing and shows every metric: leave --metric and --out out")
+    from harness.live import PORT
+    from harness.live import serve as show_page
+
+    return show_page(results, PORT if port is None else port, lambda text: print(text, flush=True), baseline)
 
 
 @app.command()
@@ -159,7 +175,7 @@ def _print_board(results: Path, metric: str, baseline: str | None = None, to: Pa
     from rich.text import Text
 
     from harness import board as boards
-    from harness import tables
+    from harness import page, tables
     from harness.terminal import console
 
     board, out = boards.read(results, metric, baseline), console()
@@ -183,7 +199,9 @@ def _print_board(results: Path, metric: str, baseline: str | None = None, to: Pa
     beside = f"{absent} published values of the same sources were not run here: see published.csv." if absent else ""
     for note in filter(None, (tables.ranks(found), *found.notes, beside)):
         out.print(f"- {note}", highlight=False, markup=False)
-    names = ", ".join(path.name for path in (*written, *(boards.draw(board, to) if to else ())))
+    names = ", ".join(
+        path.name for path in (*written, page.write(results, baseline, to), *(boards.draw(board, to) if to else ()))
+    )
     out.print(f"Written to {to or results}: {names}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -27,6 +27,7 @@ ORDER = """
     room cluster
     desk population ledger tracking scribe referee errands sweep
     places inference metrics cells caveats statistics verdicts tables sheets typeset plots diagrams board
+    series arrangement scores gallery page live
     terminal progress catalogue watch rig probes check show cli
 """.split()  # noqa: SIM905
 ONLY_IN = {
@@ -35,7 +36,10 @@ ONLY_IN = {
     "mlflow": {"tracking"},
 }
 LAZY = {"sklearn", "torchvision", "matplotlib", "mlflow", "optuna", "PIL"}  # slow: imported inside functions
-TORCH_FREE = "refusal durable lock parquet compaction repair record summary cards tracking board terminal".split()  # noqa: SIM905
+TORCH_FREE = (
+    *("refusal", "durable", "lock", "parquet", "compaction", "repair", "record", "summary", "cards", "tracking"),
+    *("board", "page", "live", "terminal"),
+)
 FOR_METHODS = {
     *("__future__", "abc", "collections", "dataclasses", "functools", "itertools", "math", "operator", "typing"),
     *("annotated_types", "torch"),

@@ -1,0 +1,284 @@
+"""One HTML page of a results folder that needs nothing else: no network, no other file, no server.
+
+`document` is what the page knows, as JSON; `_page/` holds how it looks. Text from the tables is data: it is escaped
+here, and the scripts never make markup of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness import __version__, cards, durable, series
+from harness.arrangement import Arrangement, arrange
+from harness.record import Row, Store
+from harness.refusal import Refused
+from harness.scores import scored, student
+from harness.series import Floats, Seen, pack, short
+from harness.statistics import summarise
+from harness.tables import matrix
+
+HERE = Path(__file__).resolve().parent / "_page"
+SCRIPTS = ("data.js", "charts.js", "tables.js", "sections.js", "script.js")
+COSTS = ("up_bytes", "down_bytes", "steps", "server_steps", "seconds", "samples")
+PLAIN = ("seed", "status", "reason", "rounds_done", "seconds", "stage")  # columns that are drawn at once
+HIGH, LOW = True, False
+# Column of the table of rounds -> title, unit, scale, whether more is better, digits.
+METRICS: dict[str, tuple[str, str, float, bool, int]] = {
+    "accuracy": ("Accuracy", "%", 100, HIGH, 2),
+    "balanced_accuracy": ("Balanced accuracy", "%", 100, HIGH, 2),
+    "macro_f1": ("Macro F1", "%", 100, HIGH, 2),
+    "worst_recall": ("Recall of the worst class", "%", 100, HIGH, 2),
+    "tail_recall": ("Recall of the tail classes", "%", 100, HIGH, 2),
+    "loss": ("Loss", "nats", 1, LOW, 3),
+    "ece": ("Calibration error", "%", 100, LOW, 2),
+    "own_label_accuracy": ("Accuracy, mean over clients", "%", 100, HIGH, 2),
+    "own_label_worst_decile": ("Accuracy, worst tenth of the clients", "%", 100, HIGH, 2),
+    "own_label_std": ("Spread between clients (standard deviation)", "%", 100, LOW, 2),
+    "validation_accuracy": ("Accuracy", "%", 100, HIGH, 2),
+    "validation_balanced_accuracy": ("Balanced accuracy", "%", 100, HIGH, 2),
+    "validation_loss": ("Loss", "nats", 1, LOW, 3),
+    "train_loss": ("Training loss", "nats", 1, LOW, 3),
+}
+TARGETS = {"rounds": ("Rounds until accuracy", "rounds", 1.0), "bytes": ("Traffic until accuracy", "MB", 1e-6)}
+SUMMARIES = {"last10": "Last 10 rounds", "last": "Last round", "best": "Best round", "auc": "All rounds (AUC)"}
+TEST = tuple(METRICS)[:7]
+OWN = tuple(METRICS)[7:10]
+# What is measured on what: key, title, whose models, metrics.
+VIEWS = (
+    ("global", "Global test set", "global", TEST),
+    ("own", "Global models on each client's label mix", "global", OWN),
+    ("personal", "Personal models on their client's test rows", "personal", (*TEST, *OWN)),
+    ("domain", "Domains of the test set", "domain", TEST),
+    ("validation", "Clients' validation rows", "any", tuple(METRICS)[10:13]),
+    ("training", "Clients' training rows", "any", ("train_loss",)),
+)
+
+
+def document(
+    name: str,
+    trials: Sequence[Row],
+    models: Mapping[str, list[Seen]],
+    events: Sequence[dict[str, Any]] = (),
+    deals: Sequence[Mapping[str, Any]] = (),
+    baseline: str | None = None,
+    thorough: bool = True,
+) -> dict[str, Any]:
+    """All that the page shows. models: by trial, what `series.seen` makes of its rounds; deals: see `gallery`.
+
+    baseline: what all are compared to, see `statistics.summarise`. Raises Refused for one that there is not.
+    thorough: without it only the first metric has comparisons.
+    """
+    plan = arrange(trials, models)
+    views, metrics = _views(plan)
+    scores = scored(plan, metrics, list(metrics) if thorough else list(metrics)[:1], baseline)
+    curves, blocks = _curves(plan, [name for name in metrics if name in METRICS])
+    blocks |= {f"cells.{metric}": pack(score) for metric, score in scores.items()}
+    recalls = [_recall(plan, at) for at in range(len(plan.groups))]
+    rows = [_provenance(row) for row in plan.trials]
+    blocks |= {"recall": pack(recalls), "rows": pack(rows), "events": pack(list(events)), "deals": pack(list(deals))}
+    return {
+        "name": name,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": __version__,
+        "summaries": SUMMARIES,
+        "student": [short(value) for value in student()[:60]],
+        "views": views,
+        "metrics": metrics,
+        **plan.head(),
+        "ranks": _ranks(plan, scores),
+        "classes": _class_names({str(row["dataset"]) for row in trials}),
+        "trials": _trials(plan),
+        "costs": {cost: [_mean_cost(plan, at, cost) for at in range(len(plan.groups))] for cost in COSTS},
+        "skew": _skew(plan),
+        "curves": curves,
+        "blocks": blocks,
+    }
+
+
+def _trials(plan: Arrangement) -> dict[str, list[Any]]:
+    """What is drawn of trials at once, by column."""
+    return {
+        "id": [row["trial_id"] for row in plan.trials],
+        **{name: [_plain(row.get(name)) for row in plan.trials] for name in PLAIN},
+        "search": [json.loads(row.get("search") or "null") for row in plan.trials],
+        "score": [_score(row) for row in plan.trials],
+    }
+
+
+def html(content: Mapping[str, Any], plain: Sequence[Sequence[str]] = (), poll_s: float = 0) -> str:
+    """The page. plain: the table that is shown where scripts are off, its head first; poll_s: seconds between
+    questions for newer data, 0: none.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    style, script = _style(), _script()
+    env = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
+    env.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return env.get_template("template.html").render(
+        style=Markup(style),  # our own files: they hold no "</"
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        content={**content, "poll": poll_s},
+        plain=plain,
+        live=bool(poll_s),
+    )
+
+
+def write(results: Path | str, baseline: str | None = None, folder: Path | str | None = None) -> Path:
+    """Write leaderboard.html into a folder, by default that of the results, whole or not at all; returns its path.
+
+    Raises Refused for a folder without trials, or one that can't be read or written, and as `document` does.
+    """
+    from harness.gallery import deals
+
+    target, store = Path(folder or results) / "leaderboard.html", Store(results, writable=False)
+    trials = store.rows("trials")
+    if not trials:
+        raise Refused(f"{results} has no trials yet: `fedstill sweep CARD --results {results}` makes them")
+    models = series.seen(store.read("rounds"), list(METRICS))
+    name = Path(results).resolve().name
+    content = document(name, trials, models, store.rows("events"), deals(trials), baseline)
+    text = html(content, matrix(summarise(trials, baseline=baseline)))
+    try:
+        durable.write(target, text.encode())
+    except OSError as problem:
+        raise Refused(f"{target} can't be written: {problem.strerror or problem}") from None
+    return target
+
+
+@lru_cache
+def _style() -> str:
+    return (HERE / "style.css").read_text(encoding="utf-8")
+
+
+@lru_cache
+def _script() -> str:
+    return "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _views(plan: Arrangement) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The views with something to show, and their metrics by name."""
+    views: list[dict[str, Any]] = []
+    metrics: dict[str, dict[str, Any]] = {}
+    for key, title, kind, names in VIEWS:
+        found = [name for name in names if any(plan.measured(kind, name))]
+        if found:
+            views.append({"key": key, "title": title, "models": kind, "metrics": found})
+            for name in found:
+                what, unit, scale, high, digits = METRICS[name]
+                metrics[name] = {"title": what, "unit": unit, "scale": scale, "high": high, "digits": digits}
+    if targets := plan.targets():
+        views.append({"key": "targets", "title": "What a target costs", "models": "any", "metrics": targets})
+    for name in targets:
+        what, _, target = name.partition("_to_")
+        title, unit, scale = TARGETS[what]
+        metrics[name] = {"title": f"{title} {target}", "unit": unit, "scale": scale, "high": LOW, "digits": 1}
+    return views, metrics
+
+
+def _ranks(plan: Arrangement, scores: Mapping[str, Any]) -> list[float | None]:
+    """By group: what decides which of many lines are told apart best."""
+    first = next(iter(scores.values()), None)
+    cells = first["last10"]["cells"] if first and "last10" in first else [None] * len(plan.groups)
+    return [cell[0] if cell else None for cell in cells]
+
+
+def _curves(plan: Arrangement, metrics: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Which curves there are and at which rounds they have points; and by metric their levels."""
+    lines = [(at, model) for at, models in enumerate(plan.models) for model in models]
+    most, kept = series.points(len(lines), len(metrics))
+    picks = [series.thin(len(model.rounds), most) for _, model in lines]
+    grids: dict[tuple[int, ...], int] = {}
+    places = [
+        grids.setdefault(tuple((model.rounds[pick] + 1).tolist()), len(grids))
+        for (_, model), pick in zip(lines, picks, strict=True)
+    ]
+    blocks = {}
+    for name in metrics[:kept]:
+        whole = METRICS[name][1] == "%"
+        blocks[f"curves.{name}"] = series.pack_curves(
+            {
+                at: series.levels(model.values[name][picks[at]], whole)
+                for at, (_, model) in enumerate(lines)
+                if name in model.values
+            }
+        )
+    head = {
+        "trial": [at for at, _ in lines],
+        "role": [model.role for _, model in lines],
+        "grid": places,
+        "grids": [list(grid) for grid in grids],
+        "metrics": list(metrics[:kept]),
+    }
+    return head, blocks
+
+
+def _recall(plan: Arrangement, at: int) -> list[float | None] | None:
+    """By class, of a group: mean over its finished trials."""
+    lists = [one for one in plan.recalls(at) if one is not None]
+    if not lists or len({len(one) for one in lists}) > 1:
+        return None
+    means: Floats = np.mean(lists, axis=0)
+    return [short(round(100 * float(value), 2)) for value in means]
+
+
+def _mean_cost(plan: Arrangement, at: int, name: str) -> float | None:
+    values = [row[name] for row in plan.done(at) if row.get(name) is not None]
+    return short(sum(values) / len(values)) if values else None
+
+
+def _skew(plan: Arrangement) -> list[dict[str, Any]]:
+    """By setting: the realised skew of its partitions, each counted once."""
+    found = []
+    for own in plan.by_setting():
+        once = {row["partition_hash"]: row for row in own if row.get("partition_hash")}
+        names = {"js": "partition_js", "classes": "partition_classes", "size_cv": "partition_size_cv"}
+        spans = {
+            key: [short(min(values)), short(sum(values) / len(values)), short(max(values))]
+            for key, name in names.items()
+            if (values := [row[name] for row in once.values() if row.get(name) is not None])
+        }
+        found.append({"partitions": len(once), "clients": own[0].get("clients"), **spans})
+    return found
+
+
+def _provenance(row: Row) -> dict[str, Any]:
+    """All that a trial's row says of where it comes from; its results are on the page already."""
+    headline = ("_last10", "_last", "_best", "_auc")
+    kept = {key: value for key, value in row.items() if value is not None and not key.endswith(headline)}
+    return {**{key: _plain(value) for key, value in kept.items()}, "config": json.loads(row.get("config") or "{}")}
+
+
+def _score(row: Row) -> float | None:
+    """What a search judges a trial by: its validation accuracy, of the first model that has one."""
+    found = (value for name, value in row.items() if name.endswith("_validation_accuracy_last10"))
+    return next((short(value) for value in found if value is not None), None)
+
+
+def _plain(value: Any) -> Any:
+    return short(value) if isinstance(value, float) else value
+
+
+def _class_names(datasets: set[str]) -> dict[str, list[str]]:
+    """By data set, where its card has them."""
+    found = {}
+    for name in sorted(datasets):
+        with suppress(Refused):
+            found[name] = list(cards.read("datasets", name).get("class_names", []))
+    return found
