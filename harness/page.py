@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -139,23 +140,30 @@ def html(content: Mapping[str, Any], plain: Sequence[Sequence[str]] = (), poll_s
 def write(results: Path | str, baseline: str | None = None, folder: Path | str | None = None) -> Path:
     """Write leaderboard.html into a folder, by default that of the results, whole or not at all; returns its path.
 
+    The clients' heat maps are in it where torch is loaded already, as after a sweep: a board by itself stays light.
     Raises Refused for a folder without trials, or one that can't be read or written, and as `document` does.
     """
-    from harness.gallery import deals
-
     target, store = Path(folder or results) / "leaderboard.html", Store(results, writable=False)
     trials = store.rows("trials")
     if not trials:
         raise Refused(f"{results} has no trials yet: `fedstill sweep CARD --results {results}` makes them")
     models = series.seen(store.read("rounds"), list(METRICS))
     name = Path(results).resolve().name
-    content = document(name, trials, models, store.rows("events"), deals(trials), baseline)
+    content = document(name, trials, models, store.rows("events"), _deals(trials), baseline)
     text = html(content, matrix(summarise(trials, baseline=baseline)))
     try:
         durable.write(target, text.encode())
     except OSError as problem:
         raise Refused(f"{target} can't be written: {problem.strerror or problem}") from None
     return target
+
+
+def _deals(trials: Sequence[Row]) -> list[dict[str, Any]]:
+    if "torch" not in sys.modules:
+        return []
+    from harness.gallery import deals
+
+    return deals(trials)
 
 
 @lru_cache

@@ -170,12 +170,9 @@ def _traces(cells: Sequence[Trial]) -> set[tuple[str, int]]:
 
 def _tune(sweep: Sweep, sets: Mapping[str, Arrays], scribe: Scribe) -> None:
     how, plan, archive = sweep.execution, sweep.search, Archive()
-    data = {
-        "execution": how.model_dump(mode="json"),
-        "arrays": {name: ray.put(arrays) for name, arrays in sets.items()},
-        "archive": archive.address,
-        "traces": {path: read_trace(path, clients)[0] for path, clients in _traces(_cells(sweep))},
-    }
+    arrays = {name: ray.put(own) for name, own in sets.items()}
+    traces = {path: read_trace(path, clients)[0] for path, clients in _traces(_cells(sweep))}
+    data = {"execution": how.model_dump(mode="json"), "arrays": arrays, "archive": archive.address, "traces": traces}
     # As many trials as there is room for are asked for ahead: Tune would start a large cluster one by one.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once(how, cluster.supply(), MOST_PENDING))
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial that fails is a row with a reason

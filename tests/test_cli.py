@@ -175,7 +175,7 @@ def test_board_refuses_what_there_is_not(fedstill: Told, ended: Path) -> None:
 
 def test_board_needs_no_torch(ended: Path) -> None:
     code = f"import sys; sys.argv = ['fedstill', 'board', {str(ended)!r}]; from harness.cli import main\n" + (
-        "try: main()\nexcept SystemExit: print([m for m in ('torch', 'ray', 'mlflow', 'pandas') if m in sys.modules])"
+        "try: main()\nexcept SystemExit: print([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[]"
