@@ -252,7 +252,7 @@ def cluster() -> Iterator[None]:
     from harness.cluster import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

@@ -323,7 +323,7 @@ import ray
 from harness import sweep
 from harness.axes import load_sweep
 from harness.progress import Display, console
-ray.init(num_cpus=3, object_store_memory=100 * 1024 * 1024, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=3, object_store_memory=100 * 1024 * 1024, include_dashboard=False, log_to_driver=False)
 planned = load_sweep(sys.argv[1], ["hosts=2", "rounds=3"])
 with Display(console(), planned.axes) as display:
     print(sweep.run(planned, Path(sys.argv[2]), display).done)

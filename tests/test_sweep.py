@@ -337,7 +337,7 @@ def test_a_cluster_that_is_not_there_is_refused_at_once(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     if address == "auto":
         monkeypatch.setattr(
-            ray, "init", lambda **_: (_ for _ in ()).throw(ConnectionError("no running Ray instance"))
+            ray, "init", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no running Ray instance"))
         )
     began = time.monotonic()
     with pytest.raises(Refused, match=f"no Ray cluster at execution.address = '{address}'.*{why}"):
