@@ -123,8 +123,8 @@ def ranks(summary: Summary) -> str:
     if found is None:
         return ""
     return (
-        f"Average ranks over {found.n} settings: Friedman's p{chance(found.p)} that no method differs; "
-        f"by Nemenyi's test ranks that differ by less than {found.critical:.2f} are not told apart (5 %)."
+        f"Average ranks over {found.n} settings: p{chance(found.p)} by Friedman's test that no method differs; by "
+        f"Nemenyi's ranks that differ by less than {found.critical:.2f} are not told apart (5 %)."
     )
 
 

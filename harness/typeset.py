@@ -33,7 +33,8 @@ def latex(name: str, first: Summary, found: Sequence[Verdict] = ()) -> str:
     """
     label = f"tab:{re.sub('[^a-z0-9]', '-', first.metric)}"
     parts = [HEAD.format(name=_plain(name))]
-    for part, columns, more in _parts(first, ACROSS["cells"]):
+    counted = any(_count(first, cell) for cells in first.cells for cell in cells)
+    for part, columns, more in _parts(first, ACROSS["cells"] - counted):
         lines = [
             [escaped(line.name), *(_cell(first, row, column) for column in columns)]
             for row, line in enumerate(first.lines)
@@ -136,7 +137,13 @@ def _cell(summary: Summary, row: int, column: int) -> str:
         text += f" $\\pm$ {cell.sd:.{how.digits}f}"
     if cell.letters and _raised(summary):
         text += f"\\textsuperscript{{{shortened(cell.letters)}}}"
-    return text if cell.n == _usual(summary) and not lost else f"{text} ({cell.n} of {cell.n + lost})"
+    return text + _count(summary, cell)
+
+
+def _count(summary: Summary, cell: Cell) -> str:
+    """The number of seeds, where it is not the usual one or trials are lost."""
+    lost = cell.failed + cell.diverged + cell.stopped + cell.absent
+    return f" ({cell.n} of {cell.n + lost})" if cell.n and (lost or cell.n != _usual(summary)) else ""
 
 
 def _usual(summary: Summary) -> int:

@@ -6,13 +6,16 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness import published
 from harness.statistics import Summary, summarise
 from harness.typeset import escaped, latex
+from harness.verdicts import Verdict
 
 ODD = r"a&b_100%#{}~^\$<x>|\input{/etc/passwd} é"
 ENGINES = [name for name in ("tectonic", "pdflatex") if shutil.which(name)]
@@ -54,10 +57,10 @@ def tables_of(text: str) -> list[list[list[str]]]:
 
 
 def test_tables_are_well_formed() -> None:
-    """Six settings: cells of four and two of them, differences of two each time, and one table over all settings."""
+    """Six settings: cells of three of them, beside which counts fit; differences of two; one table over all."""
     text = latex("sweep", board("fedavg", "kdia", ODD))
     found = tables_of(text)
-    assert [len(table[0]) for table in found] == [5, 3, 3, 3, 3, 5]
+    assert [len(table[0]) for table in found] == [4, 4, 3, 3, 3, 5]
     assert [len(table) for table in found] == [4, 4, 3, 3, 3, 4]
     assert len(re.findall(r"\\(?:top|mid|bottom)rule\n", text)) == 18
     bare = re.sub(r"\\[&%$#_{}\\]", "", re.sub(r"^%.*$", "", text, flags=re.M))
@@ -89,9 +92,24 @@ def test_no_name_is_a_command() -> None:
     assert text.isascii()
 
 
+def beside(first: Summary) -> list[Verdict]:
+    """A published value within our interval at the first setting, with an odd name, and one that was not run."""
+    theirs = next(row for row in published.read("fedgen") if row.sd is not None)
+    run = Verdict(theirs, "inside", ("not stated there: 100 % of it",), "fedavg", "alpha=1", first.cells[0][0])
+    return [run, Verdict(replace(theirs, hyper=f"x={ODD}"), "not run", ("no trial",))]
+
+
+def test_published_values_have_a_table_of_those_that_were_run() -> None:
+    first = board("fedavg", settings=1)
+    last = tables_of(latex("sweep", first, beside(first)))[-1]
+    assert [line[0] for line in last] == ["method", "fedavg"]
+    assert last[1][2:] == [r"87.70 $\pm$ 2.07", "52.00 {[}49.52, 54.48{]}", "inside"]
+
+
 @pytest.mark.skipif(not ENGINES, reason="neither tectonic nor pdflatex is here")
 def test_it_compiles(tmp_path: Path) -> None:
-    (tmp_path / "board.tex").write_text(latex(ODD, board("fedavg", "kdia", ODD)))
+    first = board("fedavg", "kdia", ODD)
+    (tmp_path / "board.tex").write_text(latex(ODD, first, beside(first)))
     (tmp_path / "paper.tex").write_text(
         r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{textcomp}\usepackage{booktabs}"
         r"\begin{document}\input{board}\end{document}"
