@@ -47,7 +47,7 @@ def _legend(grid: Grid, against: Line | None) -> Iterable[str]:
     if against is not None and (tests := {d.paired.test for d in _differences(grid)} - {"none"}):
         yield (
             f"Differences to {against.name}: same seed and same partition, p by {_tests(tests)}, Holm-corrected over "
-            f"the {sum(d.paired.p is not None for d in _differences(grid))} comparisons of the table."
+            f"all comparisons of the table ({sum(d.paired.p is not None for d in _differences(grid))})."
         )
 
 

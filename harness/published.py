@@ -74,8 +74,8 @@ class Published:
         level = {"alpha": self.alpha, "shards": self.shards, "classes": self.classes}
         words = [self.dataset, self.partition.removesuffix("-any")]
         words += [f"{name}={value:g}" for name, value in level.items() if value is not None]
-        if self.clients is not None and self.participation is not None:
-            words.append(f"{self.participation:g} of {self.clients} clients")
+        words += [] if self.clients is None else [f"clients={self.clients}"]
+        words += [] if self.participation is None else [f"participation={self.participation:g}"]
         return ", ".join(filter(None, [*words, self.net, self.hyper]))
 
 

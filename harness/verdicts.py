@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from harness import cards, published
 from harness.cells import Cell, Grid, Line, fill
+from harness.metrics import roles
 from harness.places import Place, config_of
 from harness.published import Published
 from harness.record import Row
@@ -88,6 +89,9 @@ class _Ours:
     def __init__(self, kept: Sequence[Row], places: Mapping[str, Place]) -> None:
         self.kept, self.places = kept, places
         self.configs = {str(row["trial_id"]): config_of(row) for row in kept}
+        self.personal = {
+            str(row["method"]) for row in kept if any(role.startswith("personal") for role in roles(row))
+        }
         self.datasets = {(str(row["method"]), str(row["dataset"])) for row in kept}
         self.grids: dict[str, Grid] = {}
 
@@ -96,32 +100,35 @@ class _Ours:
 
     def cells(self, theirs: Published) -> Iterator[tuple[Line, Cell, Config]]:
         """Those of the method and model role that are meant, at the settings that are meant."""
-        metric = measure(theirs)[0]
+        metric = measure(theirs, theirs.method in self.personal)[0]
         if metric not in self.grids:
             self.grids[metric] = fill(self.kept, (), metric, self.places)
         grid = self.grids[metric]
         for line, cells in zip(grid.lines, grid.cells, strict=True):
             for cell in cells if line.method == theirs.method else ():
                 config = self.configs[cell.trial_ids[0]] if cell.trial_ids else {}
-                roles = [other.role for other in grid.lines if other.entry == line.entry]
-                if config and line.role == _role(theirs, config, roles) and _meant(theirs, config):
+                known = [other.role for other in grid.lines if other.entry == line.entry]
+                if config and line.role == _role(theirs, config, known) and _meant(theirs, config):
                     yield line, cell, config
 
 
-def measure(theirs: Published) -> tuple[str, list[str]]:
-    """The metric of ours that is nearest to what was measured, and how the two differ."""
-    if theirs.tested == "own-labels":
+def measure(theirs: Published, personal: bool) -> tuple[str, list[str]]:
+    """The metric of ours that is nearest to what was measured, and how the two differ.
+
+    personal: whether clients have models of their own here, which are tested on their own rows.
+    """
+    if theirs.tested == "own-labels" or (theirs.tested == "private" and not personal):
         return "own_label_accuracy_last10", ["tested on users' own rows there, by the global confusion matrix here"]
     ways = {"best": "accuracy_best", "last10": "accuracy_last10"}
     return ways.get(theirs.reported, "accuracy_last"), []
 
 
-def _role(theirs: Published, config: Config, roles: Sequence[str]) -> str:
+def _role(theirs: Published, config: Config, known: Sequence[str]) -> str:
     """The model role that is meant. Pools are called after their nets, in sources by their size."""
     nets = config.get("fleet.nets") or []
     wanted = {"small": nets[0], "large": nets[-1]}.get(theirs.role, theirs.role) if nets else theirs.role
-    usual = [role for role in ("global", "student", "personal") if role in roles]
-    return wanted or (usual or list(roles))[0]
+    usual = [role for role in ("global", "student", "personal") if role in known]
+    return wanted or (usual or list(known))[0]
 
 
 def _meant(theirs: Published, config: Config) -> bool:
@@ -163,7 +170,7 @@ def _verdict(theirs: Published, ours: _Ours) -> Verdict:
 
 def _compared(theirs: Published, config: Config, line: Line) -> tuple[list[str], list[str]]:
     """What differs; what is not stated."""
-    differing, unstated = list(measure(theirs)[1]), list[str]()
+    differing, unstated = list(measure(theirs, line.role.startswith("personal"))[1]), list[str]()
     if theirs.net and theirs.net != config.get("net"):
         differing.append(f"net {theirs.net} there, {config.get('net')} here")
     for column, key in COMPARED.items():
@@ -180,11 +187,9 @@ def _compared(theirs: Published, config: Config, line: Line) -> tuple[list[str],
         if not getattr(theirs, column)
     ]
     unstated += ["rule of the partition"] * (theirs.partition == "dirichlet-any")
-    unstated += ["best or last round"] * (not theirs.reported and theirs.tested != "own-labels")
+    unstated += ["best or last round"] * (not theirs.reported and theirs.tested == "global")
     if theirs.steps:
         differing.append(f"{theirs.steps} steps a visit there, {config.get('local.epochs')} epochs here")
-    if theirs.tested == "private" and not line.role.startswith("personal"):
-        differing.append("tested on users' own rows there, on all rows here")
     differing += _extras(theirs, config)
     return differing, unstated
 

@@ -130,7 +130,7 @@ def test_a_card_names_a_source_that_there_is(tmp_path: Path) -> None:
 def row(cell: Trial, source: str = "", value: float = 0.5, **more: Any) -> dict[str, Any]:
     """The row of a trial that ended at a value, in the roles that the method has."""
     nets = [name for name in cell.fleet.nets if len(set(cell.fleet.nets)) > 1]
-    roles = {"kdia": ["student", "teacher"]}.get(cell.method, nets or ["global"])
+    roles = {"kdia": ["student", "teacher"], "fedproto": ["personal"]}.get(cell.method, nets or ["global"])
     made = {"trial_id": f"{abs(hash(cell.model_dump_json())):x}", "status": "done", "reason": None, "seed": cell.seed}
     made |= {"method": cell.method, "dataset": cell.dataset, "config": cell.model_dump_json(), "partition_hash": "p"}
     names = ("accuracy_last10", "accuracy_last", "accuracy_best", "accuracy_auc", "own_label_accuracy_last10")
@@ -184,7 +184,7 @@ def test_what_is_not_stated_is_named(theirs: Published) -> None:
         ({"schedule": "50 local.lr=0.001"}, "schedule 50 local.lr=0.001 there, none here"),
         ({"augment": "false"}, "augment false there, true here"),
         ({"net": "vgg16"}, "net vgg16 there, kdia-lenet here"),
-        ({"tested": "private"}, "tested on users' own rows there, on all rows here"),
+        ({"tested": "private"}, "tested on users' own rows there, by the global confusion matrix here"),
         ({"tested": "own-labels"}, "tested on users' own rows there, by the global confusion matrix here"),
     ],
 )
@@ -231,6 +231,18 @@ def test_hyper_parameters_and_the_best_fit_are_told_apart() -> None:
     assert judged(replace(one, hyper="mu=2"), cells).why == ("mu 2 there, 1.0 here",)
 
 
+def test_personal_models_are_compared_on_private_rows() -> None:
+    """FedProto's models are the clients' own: what PFLlib measures on users' rows is measured here, too."""
+    sweep = axes.load_sweep("replay/pfllib-fashion")
+    cells = [(cell, 0.96 + cell.seed / 100) for cell in sweep.cells if cell.method == "fedproto"]
+    [one] = [r for r in published.read("pfllib") if (r.method, r.dataset) == ("fedproto", "fashion-mnist")]
+    found = judged(one, cells)
+    assert (found.difference, found.why) == (
+        pytest.approx(97 - 97.40),
+        ("net pfllib-cnn there, mcmahan-cnn here",),
+    )
+
+
 def test_pools_are_found_by_their_size() -> None:
     sweep = axes.load_sweep("replay/codist-cifar100")
     rows = [row(cell, "codist", 0.3 + cell.seed / 100) for cell in sweep.cells]
@@ -250,7 +262,7 @@ def test_verdicts_are_shown_and_written(theirs: Published) -> None:
     lines = beside(found)
     assert lines[1] == [
         "fedavg",
-        "cifar10, dirichlet-capped, alpha=0.5, 1 of 10 clients, kdia-lenet",
+        "cifar10, dirichlet-capped, alpha=0.5, clients=10, participation=1, kdia-lenet",
         "MOON, CVPR 2021, arXiv 2103.16257, Table 1",
         "66.3",
         "66.00 ± 1.00 [63.52, 68.48] (n=3)",
