@@ -91,7 +91,7 @@ class Folder:
 
     @staticmethod
     def _round(trial_id: str, at: int, role: str, top: float, rounds: int, first: bool, seed: int) -> dict[str, Any]:
-        accuracy = top - (top - 0.1) * 0.5 ** (8 * (at + 1) / rounds) + 0.01 * (seed - 1)
+        accuracy = top - (top - 0.1) * 0.5 ** (8 * (at + 1) / rounds) + 0.01 * (seed % 3 - 1)
         recall = [min(1.0, max(0.0, accuracy + 0.02 * (c - 4.5))) for c in range(CLASSES)]
         row = {"trial_id": trial_id, "round": at, "role": role, "accuracy": accuracy, "recall": recall}
         row |= dict.fromkeys(("balanced_accuracy", "macro_f1", "own_label_accuracy"), accuracy - 0.01)

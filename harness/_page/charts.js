@@ -124,14 +124,16 @@ function frame({ width, height, x, y, xTitle, yTitle, xText = compact, yText = c
   const picture = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, clip, rules, texts, body, over);
   const tip = el("div", { class: "tip", hidden: true });
   const node = el("div", { class: "plot", tabIndex: 0, role: "group", "aria-roledescription": "chart", "aria-label": label }, picture, tip);
-  return { node, picture, tip, body, over, box, xs, ys, width, height };
+  return { node, picture, tip, body, over, box, xs, ys, height };
 }
 
+// A tip beside a place of a picture, on the side where the window has room for it.
 function placeTip(f, x, y) {
   f.tip.hidden = false;
-  const { offsetWidth: w, offsetHeight: h } = f.tip;
-  const left = x + 14 + w > f.width ? Math.max(0, x - 14 - w) : x + 14;
-  f.tip.style.left = `${left}px`;
+  const { offsetWidth: w, offsetHeight: h } = f.tip, from = f.node.getBoundingClientRect().left, wide = document.documentElement.clientWidth;
+  const right = x + 16, left = x - 16 - w;
+  const beside = from + right + w <= wide - 8 ? right : from + left >= 8 ? left : Math.max(8 - from, Math.min(right, wide - 8 - w - from));
+  f.tip.style.left = `${beside}px`;
   f.tip.style.top = `${Math.max(0, Math.min(y - h / 2, f.height - h))}px`;
 }
 
@@ -310,7 +312,7 @@ function cells({ counts, width, label, tell }) {
     at = [Math.max(0, Math.min(clients - 1, i)), Math.max(0, Math.min(classes - 1, c))];
     const text = tell(...at, counts[at[0]][at[1]]);
     tip.replaceChildren(el("p", null, text));
-    placeTip({ tip, width: Math.max(clients * w, 200), height: classes * h }, at[0] * w, at[1] * h);
+    placeTip({ tip, node, height: classes * h }, (at[0] + 0.5) * w, at[1] * h);
     if (speak) say(text);
   };
   canvas.addEventListener("pointermove", (event) => {

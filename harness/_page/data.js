@@ -160,5 +160,6 @@ function duration(seconds) {
   return `${+(minutes / 60).toPrecision(3)} h`;
 }
 const whole = (value) => (value === null || value === undefined ? "–" : Math.round(value).toLocaleString("en"));
+const counted = (n, one, many = `${one}s`) => `${whole(n)} ${n === 1 ? one : many}`;
 const shown = (value) => (typeof value === "string" ? value : JSON.stringify(value));
 const lastPart = (key) => key.slice(key.lastIndexOf(".") + 1);

@@ -138,7 +138,8 @@ function about() {
   const lost = ["failed", "stopped"].filter(count).map((s) => `${count(s)} ${s}`);
   const sets = [...new Set(doc.settings.map((s) => s.dataset))];
   const methods = new Set(doc.entries.map((e) => e.method)).size;
-  byId("about").textContent = [`${whole(doc.trials.id.length)} trials${lost.length ? ` (${lost.join(", ")})` : ""}`, `${methods} ${methods === 1 ? "method" : "methods"}`, `${doc.settings.length} ${doc.settings.length === 1 ? "setting" : "settings"}`, sets.join(", ")].filter(Boolean).join(" · ");
+  const trials = counted(doc.trials.id.length, "trial") + (lost.length ? ` (${lost.join(", ")})` : "");
+  byId("about").textContent = [trials, counted(methods, "method"), counted(doc.settings.length, "setting"), sets.join(", ")].filter(Boolean).join(" · ");
   byId("foot").textContent = `Written ${doc.written.replace("T", " ").replace(/\+00:00$/, " UTC")} by fedstill ${doc.version}. The Parquet tables of the folder are the truth; this page is a projection of them.`;
 }
 
@@ -169,7 +170,7 @@ async function poll() {
       renew({ ...(await answer.json()), poll: pollEvery });
       about();
       await change({});
-      if (doc.trials.id.length > before) say(`${doc.trials.id.length - before} more trials have ended`);
+      if (doc.trials.id.length > before) say(`${counted(doc.trials.id.length - before, "more trial")} ended`);
     } else if (answer.status !== 204) throw new Error(String(answer.status));
     sign.className = "live on";
     sign.replaceChildren("Live");
@@ -185,7 +186,7 @@ async function poll() {
 for (const name of ["view", "metric", "summary", "dataset", "setting", "role", "status"]) byId(name).addEventListener("change", (event) => change({ [name]: event.target.value, ...(name === "view" ? { metric: "", role: "" } : {}) }).then(tellCount));
 byId("text").addEventListener("input", (event) => change({ text: event.target.value }).then(tellCount));
 byId("clear").addEventListener("click", () => { change({ text: "", dataset: "", setting: "", role: "", status: "" }).then(tellCount); byId("text").focus(); });
-function tellCount() { const n = new Set(chosenGroups().map((g) => g.name)).size; say(`${n} ${n === 1 ? "row" : "rows"}`); }
+function tellCount() { say(counted(new Set(chosenGroups().map((g) => g.name)).size, "row")); }
 
 byId("tabs").addEventListener("keydown", (event) => {
   const keys = TABS.filter(([, , , there]) => there()).map(([key]) => key), at = keys.indexOf(state.tab);

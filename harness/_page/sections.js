@@ -36,6 +36,12 @@ function legend(ranked, drawn) {
     el("button", { type: "button", class: "quiet", data: { key: "lines:none" }, onclick: () => only(new Set()) }, "None")));
 }
 
+// Names with their styles, where nothing can be chosen.
+function stillLegend(items, line = true) {
+  const once = new Map(items.map(({ name, style }) => [name, style]));
+  return el("div", { class: "legend still" }, [...once].map(([name, style]) => el("span", { class: "legend-item" }, swatch(style, line), el("span", null, name))));
+}
+
 // Panels side by side, each drawn when it comes into sight. items: [{ title, draw(width) }].
 function panels(items, height = 300) {
   const across = Math.max(1, Math.min(items.length, 3, Math.floor((room() + 16) / 350)));
@@ -143,7 +149,7 @@ async function axes() {
   });
   return [
     head(el("div", { class: "choices" }, choice("axis", "Along", keys.map((k) => [k, axisTitle(k)]), key))),
-    own ? "" : legend(names, drawn),
+    own ? stillLegend([...panelsBy.values()].flatMap((found) => [...found.values()])) : legend(names, drawn),
     panels(items, items.length === 1 ? 420 : 320),
   ];
 }
@@ -172,7 +178,7 @@ async function costs() {
   return [
     el("div", { class: "section-head" }, el("div", null, el("h2", null, "Cost against quality"), el("p", { class: "lead" }, `Mean over seeds. No method is both cheaper and ${metric.high ? "better" : "lower"} than those on the dashed front.`)),
       el("div", { class: "choices" }, choice("cost", "Cost", Object.entries(COSTS).map(([k, [t]]) => [k, t]), state.cost))),
-    el("div", { class: "legend still" }, ranked.map((name) => el("span", { class: "legend-item" }, swatch(model.styles.get(name), false), el("span", null, name)))),
+    stillLegend(ranked.map((name) => ({ name, style: model.styles.get(name) })), false),
     items.length ? panels(items, items.length === 1 ? 460 : 330) : el("p", { class: "empty" }, "Nothing matches the filters."),
   ];
 }
@@ -223,7 +229,7 @@ async function partitions() {
     const more = deal.clients > deal.counts.length || deal.classes > deal.counts[0].length;
     return {
       title: `${settingName(t)}, seed ${doc.trials.seed[t]}${more ? `: the first ${deal.counts.length} of ${deal.clients} clients, ${deal.counts[0].length} of ${deal.classes} classes` : ""}`,
-      draw: (width) => cells({ counts: deal.counts, width, label: `Rows of each class at each client, ${settingName(t)}. Arrow keys move through the cells.`, tell: (client, c, n) => `Client ${client}, class ${names[c] ?? c}: ${whole(n)} ${n === 1 ? "row" : "rows"}` }),
+      draw: (width) => cells({ counts: deal.counts, width, label: `Rows of each class at each client, ${settingName(t)}. Arrow keys move through the cells.`, tell: (client, c, n) => `Client ${client}, class ${names[c] ?? c}: ${counted(n, "row")}` }),
     };
   });
   return [

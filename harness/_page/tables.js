@@ -113,7 +113,7 @@ function titleOf() {
 function leadOf(groups, { metric, against }) {
   const seeds = new Set(groups.flatMap((g) => g.trials.map((t) => doc.trials.seed[t])));
   const view = doc.views.find((v) => v.key === state.view)?.title ?? "";
-  const what = against ? `Difference to ${against} over pairs of equal seeds, its 95 % interval, and the corrected p: a star where the two are told apart.` : `Mean over ${seeds.size} ${seeds.size === 1 ? "seed" : "seeds"}, with the mean’s 95 % interval below it.`;
+  const what = against ? `Difference to ${against} over pairs of equal seeds, its 95 % interval, and the corrected p: a star where the two are told apart.` : `Mean over ${counted(seeds.size, "seed")}, with the mean’s 95 % interval below it.`;
   return `${view}. ${metric.high ? "More" : "Less"} is better. ${what}`;
 }
 
@@ -121,7 +121,7 @@ const named = (row) => el("span", { class: "name" }, swatch(row.style, false), e
 
 function wideBoard(rows, settings, { metric, stats, against, all }) {
   const shown = (found) => (against ? found?.cell?.[6] : found?.cell) ?? null; // both begin with a mean
-  const domains = new Map(settings.map((s) => [s, domainOf(rows.map((row) => (against ? ended(shown(row.at.get(s))) : row.at.get(s)?.cell)))]));
+  const domains = new Map(settings.map((s) => [s, domainOf(rows.map((row) => (against ? ended(shown(row.at.get(s))) : row.at.get(s)?.cell)), against ? undefined : boundsOf(metric))]));
   const best = new Map(settings.map((s) => {
     const means = rows.map((row) => shown(row.at.get(s))?.[0]).filter((v) => v !== undefined && v !== null);
     return [s, means.length && !against ? (metric.high ? Math.max(...means) : Math.min(...means)) : null];
@@ -169,22 +169,22 @@ function differenceCell(row, found, metric, domain, against) {
     el("span", { class: `score${apart ? (better ? " better" : " worse") : ""}` }, `${mean > 0 ? "+" : ""}${figure(mean, metric.digits)}${apart ? " *" : ""}`),
     strip(ended(made), [Math.min(0, domain[0]), Math.max(0, domain[1])], row.style.colour, 0),
     el("span", { class: "interval" }, low === null ? `n = ${pairs}` : `${figure(low, metric.digits)} … ${figure(high, metric.digits)}`),
-    el("span", { class: "interval" }, p === null ? `${pairs} ${pairs === 1 ? "pair" : "pairs"}` : `p = ${chance(p)}`),
+    el("span", { class: "interval" }, p === null ? counted(pairs, "pair") : `p = ${chance(p)}`),
   ];
 }
 
 // The limits within which intervals are drawn: theirs, but a wild one must not flatten all others.
-function domainOf(cells) {
+function domainOf(cells, bounds = [-Infinity, Infinity]) {
   const known = cells.filter(Boolean), means = known.map((cell) => cell[0]);
   if (!means.length) return [0, 1];
   const low = Math.min(...means), high = Math.max(...means), reach = (high - low) * 3 || Math.abs(high) * 0.05 || 1;
   const ends = known.flatMap((cell) => [cell[2] ?? cell[0], cell[3] ?? cell[0]]);
-  return [Math.max(Math.min(...ends), low - reach), Math.min(Math.max(...ends), high + reach)];
+  return [Math.max(Math.min(...ends), low - reach, bounds[0]), Math.min(Math.max(...ends), high + reach, bounds[1])];
 }
 
 function scoreCell(found, metric, domain, best) {
   if (!found) return el("span", { class: "quiet" }, "·");
-  const { cell, group } = found, rest = counted(group, cell);
+  const { cell, group } = found, rest = lostOf(group, cell);
   if (!cell) return el("span", { class: "quiet" }, rest || "not measured");
   const top = best !== undefined && cell[0] === best;
   return [
@@ -207,7 +207,7 @@ function strip(cell, [low, high], colour, zero = null) {
 }
 
 // What is missing from a cell: failed and stopped trials, and those that were not measured.
-function counted(group, cell) {
+function lostOf(group, cell) {
   const at = (status) => group.trials.filter((t) => doc.trials.status[t] === status).length;
   const missing = at("done") - (cell ? seedsIn(cell) : 0);
   return [[missing, state.metric.includes("_to_") ? "not reached" : "not measured"], [at("failed"), "failed"], [at("stopped"), "stopped"]]
@@ -215,7 +215,7 @@ function counted(group, cell) {
 }
 
 function longBoard(groups, { cells, metric, stats }) {
-  const domain = domainOf(groups.map((g) => cells[g.id]));
+  const domain = domainOf(groups.map((g) => cells[g.id]), boundsOf(metric));
   const rows = groups.map((g) => ({ key: `${g.name}|${g.place.name}`, label: `${g.name} at ${g.place.name}`, name: g.name, style: model.styles.get(g.name), g, cell: cells[g.id] }));
   const cost = (name, title, text) => ({ key: name, title, num: true, value: (row) => doc.costs[name][row.g.id], cell: (row) => text(doc.costs[name][row.g.id]) });
   const several = new Set(groups.map((g) => g.setting)).size > 1;
@@ -224,7 +224,7 @@ function longBoard(groups, { cells, metric, stats }) {
     several && { key: "setting", title: "Setting", value: (row) => row.g.setting, cell: (row) => el("span", { class: "stack" }, settingTitle(row.g.place)) },
     { key: "value", title: metric.unit === "%" ? "Mean, %" : `Mean, ${metric.unit}`, num: true, down: metric.high, value: (row) => row.cell?.[0], cell: (row) => [el("span", { class: "score" }, figure(row.cell?.[0], metric.digits), letterOf(row.cell))] },
     { key: "interval", title: "95 % interval", num: true, value: (row) => (row.cell && row.cell[2] !== null ? row.cell[3] - row.cell[2] : null), cell: (row) => (row.cell ? [strip(row.cell, domain, row.style.colour), el("span", { class: "interval" }, row.cell[2] === null ? "–" : `${figure(row.cell[2], metric.digits)} … ${figure(row.cell[3], metric.digits)}`)] : "") },
-    { key: "n", title: "Seeds", num: true, down: true, value: (row) => (row.cell ? seedsIn(row.cell) : 0), cell: (row) => [String(row.cell ? seedsIn(row.cell) : 0), counted(row.g, row.cell) ? el("span", { class: "lost" }, counted(row.g, row.cell)) : ""] },
+    { key: "n", title: "Seeds", num: true, down: true, value: (row) => (row.cell ? seedsIn(row.cell) : 0), cell: (row) => [String(row.cell ? seedsIn(row.cell) : 0), lostOf(row.g, row.cell) ? el("span", { class: "lost" }, lostOf(row.g, row.cell)) : ""] },
     stats?.baseline && groups.some((g) => cells[g.id]?.[6]) && {
       key: "difference", title: `To ${stats.baseline}`, hint: `Difference to ${stats.baseline} over pairs of equal seeds`, num: true, down: metric.high, value: (row) => row.cell?.[6]?.[0],
       cell: (row) => { const made = row.cell?.[6]; return made ? [el("span", { class: "score" }, `${made[0] > 0 ? "+" : ""}${figure(made[0], metric.digits)}${made[3] !== null && made[3] < 0.05 ? " *" : ""}`), made[3] === null ? "" : el("span", { class: "interval" }, `p = ${chance(made[3])}`)] : row.name === stats.baseline ? el("span", { class: "quiet" }, "baseline") : "–"; },
@@ -238,7 +238,7 @@ function notes(groups, { cells, stats }) {
   const said = [...(stats?.notes ?? ["Intervals: Student’s t."])], sizes = groups.map((g) => cells[g.id]).filter(Boolean).map(seedsIn);
   if (!stats && sizes.length && Math.min(...sizes) < 5) said.push(`Fewer than 5 seeds in some cells (n = ${Math.min(...sizes)}): their intervals are wide, and differences may be chance.`);
   const list = (texts) => el("ul", null, texts.map((text) => el("li", null, text)));
-  return el("div", { class: "notes" }, list(said.slice(0, 6)), said.length > 6 ? disclosure(`${said.length - 6} more notes`, () => list(said.slice(6))) : "");
+  return el("div", { class: "notes" }, list(said.slice(0, 6)), said.length > 6 ? disclosure(counted(said.length - 6, "more note"), () => list(said.slice(6))) : "");
 }
 
 // ------------------------------------------------------------------------------------------------- trials
@@ -357,7 +357,7 @@ async function trials() {
   const values = valuesOf(chosenGroups(), cells);
   const kept = [...values.keys()].filter((t) => !state.status || doc.trials.status[t] === state.status);
   return [
-    el("div", { class: "section-head" }, el("div", null, el("h2", null, `${whole(kept.length)} trials`), el("p", { class: "lead" }, "One row for each run: open it for its settings, its hashes, the code and versions it ran with, and the command that runs it again."))),
+    el("div", { class: "section-head" }, el("div", null, el("h2", null, counted(kept.length, "trial")), el("p", { class: "lead" }, "One row for each run: open it for its settings, its hashes, the code and versions it ran with, and the command that runs it again."))),
     ...trialGrid("trials", kept, values),
   ];
 }
@@ -391,7 +391,7 @@ async function failures() {
       ],
     }) : []),
     el("h2", { class: "second" }, "Events"),
-    el("p", { class: "lead" }, events.length ? `${whole(events.length)} things happened while the trials ran: ${kinds(events)}.` : "Nothing out of the ordinary was recorded while the trials ran."),
+    el("p", { class: "lead" }, events.length ? `${counted(events.length, "thing")} happened while the trials ran: ${kinds(events)}.` : "Nothing out of the ordinary was recorded while the trials ran."),
     events.length ? eventList(events) : "",
   ];
 }
@@ -422,7 +422,7 @@ async function search() {
   for (const row of rows) if (row.score !== null && !(best.get(row.group) >= row.score)) best.set(row.group, row.score);
   const isChosen = (row) => chosen.has(marked(row));
   return [
-    el("h2", null, `Search: ${whole(rows.length)} draws in ${whole(new Set(rows.map((row) => row.group)).size)} groups`),
+    el("h2", null, `Search: ${counted(rows.length, "draw")} in ${counted(new Set(rows.map((row) => row.group)).size, "group")}`),
     el("p", { class: "lead" }, "Trials that looked for settings. They are judged on the clients’ validation rows, have seeds of their own, and take no part in the leaderboard."),
     ...grid({
       id: "search", caption: "Trials of searches", rows, sort: { key: "group", down: false }, sticky: false, detail: (row) => trialCard(row.t),
