@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
 
 from harness import page, series
-from harness.record import SCHEMAS, Row, Store
+from harness.record import Row, Store
 from harness.refusal import Refused
 from harness.series import Seen
 
@@ -57,17 +57,14 @@ class Reader:
         return tuple(sorted((file.name, file.stat().st_mtime_ns) for file in files if file.name[0] != "."))
 
     def _read(self) -> None:
-        import pandas as pd
-
         store = Store(self.results, writable=False)
         trials = store.rows("trials")
         new = [row for row in trials if self.rows.get(row["trial_id"]) != row]
-        names = list(page.METRICS)
         if len(new) > MANY:
-            self.seen = series.seen(store.read("rounds"), names)
+            self.seen = series.seen(store.arrays("rounds", series.COLUMNS))
         for row in new if len(new) <= MANY else ():
-            rounds = pd.DataFrame(store.rows("rounds", row["trial_id"]), columns=SCHEMAS["rounds"].names)
-            self.seen |= {row["trial_id"]: []} | series.seen(rounds, names)
+            own = series.seen(store.arrays("rounds", series.COLUMNS, row["trial_id"]))
+            self.seen |= {row["trial_id"]: []} | own
         self.rows = {row["trial_id"]: row for row in trials}
         name = self.results.resolve().name
         events, deals = store.rows("events"), self._deals(trials)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,46 +24,18 @@ from harness import __version__, cards, durable, series
 from harness.arrangement import Arrangement, arrange
 from harness.record import Row, Store
 from harness.refusal import Refused
-from harness.scores import scored, student
+from harness.scores import beside, scored, student
 from harness.series import Floats, Seen, pack, short
 from harness.statistics import summarise
 from harness.tables import matrix
+from harness.views import viewed
 
+CONTENT = re.compile(r'<script type="application/json" id="content">(.*?)</script>', re.DOTALL)
 HERE = Path(__file__).resolve().parent / "_page"
 SCRIPTS = ("data.js", "charts.js", "tables.js", "sections.js", "script.js")
 COSTS = ("up_bytes", "down_bytes", "steps", "server_steps", "seconds", "samples")
 PLAIN = ("seed", "status", "reason", "rounds_done", "seconds", "stage")  # columns that are drawn at once
-HIGH, LOW = True, False
-# Column of the table of rounds -> title, unit, scale, whether more is better, digits.
-METRICS: dict[str, tuple[str, str, float, bool, int]] = {
-    "accuracy": ("Accuracy", "%", 100, HIGH, 2),
-    "balanced_accuracy": ("Balanced accuracy", "%", 100, HIGH, 2),
-    "macro_f1": ("Macro F1", "%", 100, HIGH, 2),
-    "worst_recall": ("Recall of the worst class", "%", 100, HIGH, 2),
-    "tail_recall": ("Recall of the tail classes", "%", 100, HIGH, 2),
-    "loss": ("Loss", "nats", 1, LOW, 3),
-    "ece": ("Calibration error", "%", 100, LOW, 2),
-    "own_label_accuracy": ("Accuracy, mean over clients", "%", 100, HIGH, 2),
-    "own_label_worst_decile": ("Accuracy, worst tenth of the clients", "%", 100, HIGH, 2),
-    "own_label_std": ("Spread between clients (standard deviation)", "%", 100, LOW, 2),
-    "validation_accuracy": ("Accuracy", "%", 100, HIGH, 2),
-    "validation_balanced_accuracy": ("Balanced accuracy", "%", 100, HIGH, 2),
-    "validation_loss": ("Loss", "nats", 1, LOW, 3),
-    "train_loss": ("Training loss", "nats", 1, LOW, 3),
-}
-TARGETS = {"rounds": ("Rounds until accuracy", "rounds", 1.0), "bytes": ("Traffic until accuracy", "MB", 1e-6)}
 SUMMARIES = {"last10": "Last 10 rounds", "last": "Last round", "best": "Best round", "auc": "All rounds (AUC)"}
-TEST = tuple(METRICS)[:7]
-OWN = tuple(METRICS)[7:10]
-# What is measured on what: key, title, whose models, metrics.
-VIEWS = (
-    ("global", "Global test set", "global", TEST),
-    ("own", "Global models on each client's label mix", "global", OWN),
-    ("personal", "Personal models on their client's test rows", "personal", (*TEST, *OWN)),
-    ("domain", "Domains of the test set", "domain", TEST),
-    ("validation", "Clients' validation rows", "any", tuple(METRICS)[10:13]),
-    ("training", "Clients' training rows", "any", ("train_loss",)),
-)
 
 
 def document(
@@ -80,13 +53,15 @@ def document(
     thorough: without it only the first metric has comparisons.
     """
     plan = arrange(trials, models)
-    views, metrics = _views(plan)
+    views, metrics = viewed(plan)
     scores = scored(plan, metrics, list(metrics) if thorough else list(metrics)[:1], baseline)
-    curves, blocks = _curves(plan, [name for name in metrics if name in METRICS])
+    curves, blocks = _curves(plan, metrics)
     blocks |= {f"cells.{metric}": pack(score) for metric, score in scores.items()}
     recalls = [_recall(plan, at) for at in range(len(plan.groups))]
     rows = [_provenance(row) for row in plan.trials]
     blocks |= {"recall": pack(recalls), "rows": pack(rows), "events": pack(list(events)), "deals": pack(list(deals))}
+    published = beside([row for row in trials if row.get("stage") != "search"]) if thorough else []
+    blocks["published"] = pack(published)
     return {
         "name": name,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -102,6 +77,7 @@ def document(
         "costs": {cost: [_mean_cost(plan, at, cost) for at in range(len(plan.groups))] for cost in COSTS},
         "skew": _skew(plan),
         "curves": curves,
+        "published": len(published),
         "blocks": blocks,
     }
 
@@ -147,9 +123,9 @@ def write(results: Path | str, baseline: str | None = None, folder: Path | str |
     trials = store.rows("trials")
     if not trials:
         raise Refused(f"{results} has no trials yet: `fedstill sweep CARD --results {results}` makes them")
-    models = series.seen(store.read("rounds"), list(METRICS))
+    models = series.seen(store.arrays("rounds", series.COLUMNS))
     name = Path(results).resolve().name
-    content = document(name, trials, models, store.rows("events"), _deals(trials), baseline)
+    content = document(name, trials, models, store.rows("events"), _deals(trials, kept_deals(target)), baseline)
     text = html(content, matrix(summarise(trials, baseline=baseline)))
     try:
         durable.write(target, text.encode())
@@ -158,12 +134,23 @@ def write(results: Path | str, baseline: str | None = None, folder: Path | str |
     return target
 
 
-def _deals(trials: Sequence[Row]) -> list[dict[str, Any]]:
+def _deals(trials: Sequence[Row], kept: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     if "torch" not in sys.modules:
-        return []
+        wanted = dict.fromkeys(str(row["partition_hash"]) for row in trials)
+        return [kept[digest] for digest in wanted if digest in kept]
     from harness.gallery import deals
 
-    return deals(trials)
+    return deals(trials, kept)
+
+
+def kept_deals(file: Path) -> dict[str, dict[str, Any]]:
+    """The heat maps of a page that was written before, by the hash of their partition."""
+    try:
+        found = CONTENT.search(file.read_text(encoding="utf-8"))
+        deals = json.loads(series.unpack(json.loads(found[1])["blocks"]["deals"])) if found else []
+        return {str(deal["hash"]): deal for deal in deals}
+    except (OSError, ValueError, TypeError, LookupError):  # none, or of another version
+        return {}
 
 
 @lru_cache
@@ -180,26 +167,6 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _views(plan: Arrangement) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The views with something to show, and their metrics by name."""
-    views: list[dict[str, Any]] = []
-    metrics: dict[str, dict[str, Any]] = {}
-    for key, title, kind, names in VIEWS:
-        found = [name for name in names if any(plan.measured(kind, name))]
-        if found:
-            views.append({"key": key, "title": title, "models": kind, "metrics": found})
-            for name in found:
-                what, unit, scale, high, digits = METRICS[name]
-                metrics[name] = {"title": what, "unit": unit, "scale": scale, "high": high, "digits": digits}
-    if targets := plan.targets():
-        views.append({"key": "targets", "title": "What a target costs", "models": "any", "metrics": targets})
-    for name in targets:
-        what, _, target = name.partition("_to_")
-        title, unit, scale = TARGETS[what]
-        metrics[name] = {"title": f"{title} {target}", "unit": unit, "scale": scale, "high": LOW, "digits": 1}
-    return views, metrics
-
-
 def _ranks(plan: Arrangement, scores: Mapping[str, Any]) -> list[float | None]:
     """By group: what decides which of many lines are told apart best."""
     first = next(iter(scores.values()), None)
@@ -207,10 +174,11 @@ def _ranks(plan: Arrangement, scores: Mapping[str, Any]) -> list[float | None]:
     return [cell[0] if cell else None for cell in cells]
 
 
-def _curves(plan: Arrangement, metrics: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+def _curves(plan: Arrangement, metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Which curves there are and at which rounds they have points; and by metric their levels."""
+    names = [name for name in metrics if name in series.METRICS]
     lines = [(at, model) for at, models in enumerate(plan.models) for model in models]
-    most, kept = series.points(len(lines), len(metrics))
+    most, kept = series.points(len(lines), len(names))
     picks = [series.thin(len(model.rounds), most) for _, model in lines]
     grids: dict[tuple[int, ...], int] = {}
     places = [
@@ -218,8 +186,8 @@ def _curves(plan: Arrangement, metrics: Sequence[str]) -> tuple[dict[str, Any], 
         for (_, model), pick in zip(lines, picks, strict=True)
     ]
     blocks = {}
-    for name in metrics[:kept]:
-        whole = METRICS[name][1] == "%"
+    for name in names[:kept]:
+        whole = metrics[name]["unit"] == "%"
         blocks[f"curves.{name}"] = series.pack_curves(
             {
                 at: series.levels(model.values[name][picks[at]], whole)
@@ -232,7 +200,7 @@ def _curves(plan: Arrangement, metrics: Sequence[str]) -> tuple[dict[str, Any], 
         "role": [model.role for _, model in lines],
         "grid": places,
         "grids": [list(grid) for grid in grids],
-        "metrics": list(metrics[:kept]),
+        "metrics": names[:kept],
     }
     return head, blocks
 

@@ -14,9 +14,11 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -212,6 +214,30 @@ def united(place: Path, parts: Sequence[pa.Table]) -> pa.Table:
 def ordered(table: TableName, rows: pa.Table) -> pa.Table:
     """Rows in the order of their table."""
     return rows.sort_by([(name, "ascending") for name in ORDER[table]])
+
+
+def arrays(rows: pa.Table, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Columns of a table as numpy arrays, those that it has.
+
+    Numbers are float64 with NaN for null; texts and lists are objects with None for null, a list is an array itself.
+    """
+    found = {}
+    for name in names:
+        if name not in rows.column_names:
+            continue
+        column = rows[name].combine_chunks()
+        if pa.types.is_list(column.type):
+            flat = column.values.to_numpy(zero_copy_only=False)
+            ends = [*column.offsets.to_numpy()]
+            lists = [
+                flat[a:b] if there else None for a, b, there in zip(ends, ends[1:], column.is_valid(), strict=False)
+            ]
+            found[name] = np.fromiter(lists, object, len(lists))
+        elif pa.types.is_string(column.type):
+            found[name] = column.to_numpy(zero_copy_only=False)
+        else:
+            found[name] = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return found
 
 
 def encode(table: TableName, rows: Sequence[Row]) -> pa.Buffer:

@@ -23,6 +23,7 @@ from harness.parquet import SCHEMAS, TABLES, Row, TableName, file_of
 from harness.refusal import Refused
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 __all__ = ["SCHEMAS", "TABLES", "Row", "Store", "TableName", "flatten", "provenance"]
@@ -85,6 +86,10 @@ class Store:
     def rows(self, table: TableName, trial_id: str | None = None) -> list[dict[str, Any]]:
         """The rows of a table, or of one trial in it, with None for what is missing; ordered as `read`."""
         return list(parquet.read(self.path, table, trial_id).to_pylist())
+
+    def arrays(self, table: TableName, names: Sequence[str], trial_id: str | None = None) -> dict[str, np.ndarray]:
+        """Columns as numpy arrays, ordered as `read`, at a fraction of its cost: see `parquet.arrays`."""
+        return parquet.arrays(parquet.read(self.path, table, trial_id), names)
 
     def read(self, table: TableName) -> pd.DataFrame:
         """A table over all trials: the union of their columns, by trial_id, then as ORDER says.

@@ -12,10 +12,12 @@ import numpy as np
 from harness import metrics
 from harness.arrangement import Arrangement
 from harness.inference import CONFIDENCE
+from harness.places import grouped
 from harness.record import Row
 from harness.refusal import Refused
 from harness.series import SUMMARIES, short
 from harness.statistics import Cell, Pooled, Summary, summarise
+from harness.verdicts import verdicts
 
 Found = dict[str, Any]
 
@@ -132,3 +134,19 @@ def student(most: int = 1000) -> tuple[float, ...]:
     from scipy.special import stdtrit
 
     return 0.0, *(float(value) for value in stdtrit(np.arange(1, most), (1 + CONFIDENCE) / 2))
+
+
+def beside(rows: Sequence[Row]) -> list[Found]:
+    """Published values of these settings with ours: see `verdicts`. rows: of no search."""
+    found = []
+    for one in verdicts(rows, grouped(rows)):
+        theirs, cell = one.theirs, one.cell
+        found.append(
+            {
+                **{key: getattr(theirs, key) for key in ("source", "table", "read", "method", "role", "setting")},
+                **{"value": short(theirs.value), "sd": short(theirs.sd), "finding": one.finding},
+                **{"why": list(one.why), "name": one.name, "at": one.setting},
+                "ours": [short(cell.mean), short(cell.low), short(cell.high)] if cell else None,
+            }
+        )
+    return found

@@ -5,15 +5,12 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -23,6 +20,12 @@ FEWEST = 20  # to which curves are thinned before metrics are left out
 VALUES = 2_500_000  # of all curves together, at most: about 3 MB of the page
 LEVELS = 10_000  # steps of a value's range: four digits
 MISSING = 0xFFFF
+METRICS = (  # columns of the table of rounds
+    *("accuracy", "balanced_accuracy", "macro_f1", "worst_recall", "tail_recall", "loss", "ece"),
+    *("own_label_accuracy", "own_label_worst_decile", "own_label_std"),
+    *("validation_accuracy", "validation_balanced_accuracy", "validation_loss", "train_loss"),
+)
+COLUMNS = ("trial_id", "round", "role", "recall", *METRICS)
 SUMMARIES = ("last10", "last", "best", "auc")
 
 
@@ -40,18 +43,23 @@ class Seen:
     recall: Floats | None
 
 
-def seen(rounds: pd.DataFrame, metrics: Sequence[str]) -> dict[str, list[Seen]]:
-    """By trial: its models in the order of their rows. rounds: the table, of any number of trials."""
-    evaluated = rounds[rounds["accuracy"].notna()]
+def seen(rounds: Mapping[str, np.ndarray]) -> dict[str, list[Seen]]:
+    """By trial: its models, by role. rounds: columns of that table, of any number of trials; see `Store.arrays`."""
+    if "accuracy" not in rounds or not len(rounds["accuracy"]):
+        return {}
+    trials, own = np.unique(rounds["trial_id"].astype(str), return_inverse=True)
+    roles, kind = np.unique(rounds["role"].astype(str), return_inverse=True)
+    order = np.lexsort((rounds["round"], kind, own))
+    order = order[~np.isnan(rounds["accuracy"][order])]  # a round that was not evaluated has no point on a curve
+    places = own[order] * len(roles) + kind[order]
     found: dict[str, list[Seen]] = {}
-    for (trial_id, role), own in evaluated.groupby(["trial_id", "role"], sort=False):
-        at = own["round"].to_numpy(np.int64)
-        values = {name: own[name].to_numpy(np.float64) for name in metrics if name in own}
-        late = own["recall"].to_numpy()[at > at[-1] - WINDOW] if "recall" in own else ()
-        lists = [np.asarray(one, np.float64) for one in late if one is not None]
-        recall = np.mean(lists, axis=0) if lists and len({len(one) for one in lists}) == 1 else None
+    for part in np.split(order, np.flatnonzero(np.diff(places)) + 1) if len(order) else ():
+        at = rounds["round"][part].astype(np.int64)
+        values = {name: rounds[name][part] for name in METRICS if name in rounds}
         kept = {name: value for name, value in values.items() if not np.isnan(value).all()}
-        found.setdefault(str(trial_id), []).append(Seen(str(role), at, kept, recall))
+        late = [one for one in rounds["recall"][part[at > at[-1] - WINDOW]] if one is not None and len(one)]
+        recall = np.mean(late, axis=0) if late and len({len(one) for one in late}) == 1 else None
+        found.setdefault(str(trials[own[part[0]]]), []).append(Seen(str(roles[kind[part[0]]]), at, kept, recall))
     return found
 
 
@@ -117,6 +125,11 @@ def pack(content: Any) -> str:
 def pack_bytes(content: bytes) -> str:
     """gzip in base64, the same for the same content."""
     return base64.b64encode(gzip.compress(content, 6, mtime=0)).decode()
+
+
+def unpack(text: str) -> bytes:
+    """What `pack_bytes` packed. Raises ValueError or OSError for anything else."""
+    return gzip.decompress(base64.b64decode(text, validate=True))
 
 
 def short(value: float | None) -> float | None:

@@ -27,7 +27,7 @@ ORDER = """
     room cluster
     desk population ledger tracking scribe referee errands sweep
     places inference metrics cells caveats statistics verdicts tables sheets typeset plots diagrams board
-    series arrangement scores gallery page live
+    series arrangement views scores gallery page live
     terminal progress catalogue watch rig probes check show cli
 """.split()  # noqa: SIM905
 ONLY_IN = {

@@ -14,6 +14,7 @@ const TABS = [
   ["partitions", "Partitions", partitions, () => true],
   ["trials", "Trials", trials, () => true],
   ["failures", "Failures", failures, () => true, () => lostTrials().length],
+  ["published", "Published", published, () => doc.published > 0],
   ["search", "Search", search, () => searched().length > 0, () => searched().length],
 ];
 

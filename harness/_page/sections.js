@@ -225,7 +225,7 @@ async function partitions() {
   const wanted = new Set(groups.flatMap((g) => g.trials).map((t) => hashes[t].partition_hash));
   const skew = (key, title, digits, hint) => ({ key, title, hint, num: true, down: true, value: (row) => row.skew[key]?.[1], cell: (row) => span(row.skew[key], digits) });
   const items = deals.filter((deal) => wanted.has(deal.hash)).map((deal) => {
-    const t = doc.trials.id.indexOf(deal.trial), names = doc.classes[deal.dataset] ?? [];
+    const t = hashes.findIndex((row) => row.partition_hash === deal.hash), names = doc.classes[deal.dataset] ?? [];
     const more = deal.clients > deal.counts.length || deal.classes > deal.counts[0].length;
     return {
       title: `${settingName(t)}, seed ${doc.trials.seed[t]}${more ? `: the first ${deal.counts.length} of ${deal.clients} clients, ${deal.counts[0].length} of ${deal.classes} classes` : ""}`,
@@ -245,6 +245,6 @@ async function partitions() {
         { key: "partitions", title: "Partitions", num: true, value: (row) => row.skew.partitions, cell: (row) => whole(row.skew.partitions) },
       ],
     }),
-    items.length ? [el("h2", { class: "second" }, "Who holds what"), el("p", { class: "lead" }, "Clients from left to right, classes from top to bottom; the stronger the colour, the more training rows."), panels(items, 150)] : el("p", { class: "quiet" }, "Heat maps of clients and classes are drawn where the data set is at hand when this page is written."),
+    items.length ? [el("h2", { class: "second" }, "Who holds what"), el("p", { class: "lead" }, "Clients from left to right, classes from top to bottom; the stronger the colour, the more training rows."), panels(items, 150)] : el("p", { class: "quiet" }, "Heat maps of clients and classes are drawn at the end of a sweep whose data set is at hand; none is on this page."),
   ].flat();
 }

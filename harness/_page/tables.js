@@ -439,3 +439,43 @@ async function search() {
     }),
   ];
 }
+
+// ------------------------------------------------------------------------------------------------- published numbers
+
+const FINDINGS = { inside: "done", outside: "stopped", "not comparable": "other", "not run": "other" };
+
+async function published() {
+  const found = (await part("published")) ?? [], words = state.text.toLowerCase().split(/\s+/);
+  const rows = found.map((one, i) => ({ ...one, key: String(i), label: `${one.method}, ${one.source}`, difference: one.ours?.[0] == null ? null : one.ours[0] - one.value }))
+    .filter((row) => words.every((word) => `${row.method} ${row.role}`.toLowerCase().includes(word)));
+  const ends = rows.flatMap((row) => [row.value, ...(row.ours ?? [])]).filter(Number.isFinite), domain = [Math.min(...ends), Math.max(...ends)];
+  const ours = (row) => (row.ours?.[0] == null ? "–" : [el("span", { class: "score" }, figure(row.ours[0])), pairStrip(row, domain), el("span", { class: "interval" }, row.ours[1] === null ? "" : `${figure(row.ours[1])} … ${figure(row.ours[2])}`)]);
+  return [
+    el("h2", null, "Beside published numbers"),
+    el("p", { class: "lead" }, "Final accuracy (%) as papers and repositories report it, and ours. Inside or outside of our 95 % interval is said only where nothing that both sides state differs."),
+    ...grid({
+      id: "published", caption: "Published numbers", rows, detail: (row) => publishedCard(row),
+      columns: [
+        { key: "method", title: "Method", value: (row) => row.method, cell: (row) => row.method + (row.role ? ` (${row.role})` : "") },
+        { key: "source", title: "Source", value: (row) => `${row.source} ${row.table}`, cell: (row) => [row.source, el("span", { class: "interval" }, row.table)] },
+        { key: "setting", title: "Setting there", value: (row) => row.setting, cell: (row) => el("span", { class: "why" }, row.setting) },
+        { key: "value", title: "Published", num: true, down: true, value: (row) => row.value, cell: (row) => [el("span", { class: "score" }, figure(row.value)), row.sd === null ? "" : el("span", { class: "interval" }, `± ${compact(row.sd)}`)] },
+        { key: "ours", title: "Ours", num: true, down: true, value: (row) => row.ours?.[0], cell: ours },
+        { key: "difference", title: "Difference", num: true, down: true, value: (row) => row.difference, cell: (row) => (row.difference === null ? "–" : `${row.difference > 0 ? "+" : ""}${figure(row.difference)}`) },
+        { key: "finding", title: "Verdict", value: (row) => row.finding, cell: (row) => el("span", { class: `badge ${FINDINGS[row.finding] ?? "other"}` }, row.finding) },
+      ],
+    }),
+  ];
+}
+
+// Our mean and interval, and the published value as a mark, on one scale.
+function pairStrip(row, domain) {
+  const node = strip([row.ours[0], null, row.ours[1], row.ours[2]], domain, 0, row.value);
+  node.classList.add("theirs");
+  return node;
+}
+
+function publishedCard(row) {
+  const facts = [["Our row", row.name], ["At", row.at], ["Seen in", row.read], ...row.why.map((why) => ["Because", why])];
+  return el("div", { class: "card" }, el("dl", { class: "facts" }, facts.filter(([, text]) => text).map(([title, text]) => el("div", null, el("dt", null, title), el("dd", null, text)))));
+}
