@@ -9,6 +9,7 @@ from harness.books import rows_in
 from harness.checkpoint import Shelf, unpack
 from harness.desk import Result
 from harness.record import Store
+from harness.summary import final
 
 Row = Mapping[str, Any]
 SEEN = ("round", "role")  # of a row of `rounds`, beside its validation columns
@@ -25,9 +26,12 @@ class Ledger:
         self._results: dict[str, Result] = {}
         self._content: dict[str, bytes] = {}  # checkpoints that could not be written down
         self._reached: dict[str, int] = {}
+        resting = set(shelf.names())
         for row in store.rows("trials") if store.path.is_dir() else ():
             searched = row.get("stage") == "search"
             self.add(row, store.rows("rounds", row["trial_id"]) if searched else ())
+            if row["trial_id"] in resting and final(row["status"], row["reason"] or "", row.get("stage") or ""):
+                shelf.drop(row["trial_id"])  # a driver was killed between the row and this
 
     def add(self, row: Row, rounds: Sequence[Row] = ()) -> None:
         """A trial has a row. rounds: its rows there, if a search has to look at them."""

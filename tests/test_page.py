@@ -802,7 +802,7 @@ def test_500_trials_of_200_rounds_open_at_once(
         for alpha in (0.05, 0.1, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 50.0, 100.0):
             for seed in range(5):
                 folder.add(f"method-{method}", {"global": 0.5 + method / 50}, alpha, seed, rounds=200)
-    models = page.series.seen(folder.store.read("rounds"), list(page.METRICS))
+    models = page.series.seen(folder.store.arrays("rounds", page.series.COLUMNS))
     large = tmp_path / "large.html"
     content = page.document("large", folder.store.rows("trials"), models, thorough=False)
     large.write_text(page.html(content))

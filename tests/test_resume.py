@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from harness import config
-from harness.checkpoint import pack, unpack
+from harness.checkpoint import Shelf, pack, unpack
 from harness.data import card, load
 from harness.host import InlinePool
+from harness.ledger import Ledger
 from harness.record import Store
 from harness.server import Server
 from harness.work import make_setup
@@ -144,6 +145,16 @@ def wait_for(found: Callable[[], object], process: subprocess.Popen[str]) -> Non
     while not found():
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
         time.sleep(0.01)
+
+
+def test_a_driver_killed_between_a_row_and_its_checkpoint_leaves_no_checkpoint(tmp_path: Path) -> None:
+    """What has a row for good is never resumed; what failed may be."""
+    store, shelf = Store(tmp_path), Shelf(tmp_path)
+    for name, status in (("a" * 16, "done"), ("b" * 16, "failed")):
+        store.commit({"trial_id": name, "status": status, "reason": "crashed", "steps": 1}, [], [], [])
+        shelf.put(name, 1, b"1")
+    Ledger(store, shelf, [])
+    assert shelf.names() == ["b" * 16]
 
 
 @pytest.mark.cluster
