@@ -57,11 +57,9 @@ def document(
     scores = scored(plan, metrics, list(metrics) if thorough else list(metrics)[:1], baseline)
     curves, blocks = _curves(plan, metrics)
     blocks |= {f"cells.{metric}": pack(score) for metric, score in scores.items()}
-    recalls = [_recall(plan, at) for at in range(len(plan.groups))]
-    rows = [_provenance(row) for row in plan.trials]
-    blocks |= {"recall": pack(recalls), "rows": pack(rows), "events": pack(list(events)), "deals": pack(list(deals))}
     published = beside([row for row in trials if row.get("stage") != "search"]) if thorough else []
-    blocks["published"] = pack(published)
+    blocks |= {"events": pack(list(events)), "deals": pack(list(deals)), "published": pack(published)}
+    blocks |= {name: pack(part) for name, part in _later(plan).items()}
     return {
         "name": name,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,6 +78,12 @@ def document(
         "published": len(published),
         "blocks": blocks,
     }
+
+
+def _later(plan: Arrangement) -> dict[str, list[Any]]:
+    """What is shown of groups and trials only when it is asked for."""
+    recalls = [_recall(plan, at) for at in range(len(plan.groups))]
+    return {"recall": recalls, "rows": [_provenance(row) for row in plan.trials]}
 
 
 def _trials(plan: Arrangement) -> dict[str, list[Any]]:
