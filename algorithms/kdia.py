@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from algorithms.fedavg import FedAvg
 from harness import protocol as fl
-from harness.losses import Direction, cross_entropy, distill
+from harness.losses import Direction, cross_entropy, taught
 from harness.nets import Net, generator
 from harness.protocol import Batch, Broadcast, Cohort, Inbox, Server, State, Update, World, trees_of, weights
 from harness.trees import Tree, add, flat, scale, stack, unflat, update_rows
@@ -88,11 +88,8 @@ class Kdia(FedAvg):
 
     def loss(self, net: Net, p: Tree, batch: Batch, inbox: Inbox, memory: Tree) -> tuple[Tensor, dict[str, Tensor]]:
         """CE + lambda_kd KL(student, teacher) + lambda_gen CE(classifier(generated features), their labels)."""
-        student = net(p, batch.x)
-        value = cross_entropy(student, batch.y, batch.mask)
-        if self.lambda_kd:
-            teacher = batch.extra["teacher"]
-            value = value + self.lambda_kd * distill(student, teacher, self.tau, self.kd_direction, batch.mask)
+        teacher = batch.extra.get("teacher")
+        value = taught(net(p, batch.x), batch.y, teacher, self.lambda_kd, self.tau, self.kd_direction, batch.mask)
         if self.lambda_gen:
             make, label = generator(net, "features", self.noise, style="kdia"), batch.extra["label"]
             features = make.frozen(inbox["generator"], batch.extra["z"], label)
@@ -142,8 +139,8 @@ class Kdia(FedAvg):
         def loss(p: Tree, batch: Batch) -> Tensor:
             features = make(p, batch.x, batch.y)
             logits = torch.func.vmap(lambda h: net.classify(h, features, "features", train=False))(heads)
-            taught = torch.einsum("k,kbc->bc", share / share.sum(), logits)
-            return cross_entropy(taught, batch.y) + diversity(batch.x, features)
+            ensemble = torch.einsum("k,kbc->bc", share / share.sum(), logits)
+            return cross_entropy(ensemble, batch.y) + diversity(batch.x, features)
 
         made, lr, decay = batches(), self.generator_lr, self.generator_weight_decay
         steps = self.generator_epochs * self.generator_iterations

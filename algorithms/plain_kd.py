@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from algorithms.fedavg import FedAvg
-from harness.losses import Direction, cross_entropy, distill
+from harness.losses import Direction, taught
 from harness.nets import Net
 from harness.protocol import Batch, Inbox, NonNegative, Positive
 from harness.trees import Tree
@@ -36,9 +36,6 @@ class PlainKd(FedAvg):
 
     def loss(self, net: Net, p: Tree, batch: Batch, inbox: Inbox, memory: Tree) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy + lambda_kd KL."""
-        student = net(p, batch.x)
-        value = cross_entropy(student, batch.y, batch.mask)
-        if self.lambda_kd:
-            teacher = batch.extra["teacher"]
-            value = value + self.lambda_kd * distill(student, teacher, self.tau, self.kd_direction, batch.mask)
+        teacher = batch.extra.get("teacher")
+        value = taught(net(p, batch.x), batch.y, teacher, self.lambda_kd, self.tau, self.kd_direction, batch.mask)
         return value, {}

@@ -56,6 +56,20 @@ def distill(student: Tensor, teacher: Tensor, tau: float, direction: Direction, 
     return kl(first, second, tau, mask=mask)
 
 
+def taught(
+    student: Tensor,
+    y: Tensor,
+    teacher: Tensor | None,
+    weight: float,
+    tau: float,
+    direction: Direction,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy + weight KL (see `distill`); without a teacher's logits only the cross-entropy."""
+    value = cross_entropy(student, y, mask)
+    return value if teacher is None else value + weight * distill(student, teacher, tau, direction, mask)
+
+
 def soft_labels(own: Tensor, other: Tensor, tau: float, own_first: bool, mask: Tensor | None = None) -> Tensor:
     """tau^2 KL between a learner and one taken as given, logits [B, C]; own_first: the learner stands first."""
     return tau**2 * distill(own, other.detach(), tau, "student_first" if own_first else "teacher_first", mask)
