@@ -121,6 +121,14 @@ def compact(results: Annotated[Path, typer.Argument(help="a results folder")]) -
 
 
 @app.command()
+def sync(results: Annotated[Path, typer.Argument(help="a results folder")]) -> None:
+    """Rebuild what MLflow shows of a results folder from its tables, as far as it differs from them."""
+    from harness.tracking import sync as bring
+
+    print(*bring(results), sep="\n")
+
+
+@app.command()
 def partition(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="where the heat map goes")] = Path("partition.png"),

@@ -25,7 +25,7 @@ ORDER = """
     formats text sources data deals partitions batches fit evaluate
     work host books checkpoint scoring server actors pool archive trial
     room cluster
-    desk population ledger tracking scribe referee errands sweep
+    desk population ledger portrait projection tracking scribe referee errands sweep
     places inference metrics cells caveats statistics verdicts tables sheets typeset plots diagrams board
     series arrangement views scores gallery page live
     terminal progress catalogue watch rig probes check show cli
@@ -33,7 +33,7 @@ ORDER = """
 ONLY_IN = {
     "ray": {"actors", "pool", "archive", "trial", "cluster", "scribe", "referee", "errands", "sweep"},
     "pyarrow": {"parquet", "compaction", "repair"},
-    "mlflow": {"tracking"},
+    "mlflow": {"projection"},
 }
 LAZY = {"sklearn", "torchvision", "matplotlib", "mlflow", "optuna", "PIL"}  # slow: imported inside functions
 TORCH_FREE = (

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness import tracking
+from harness import lock, portrait, projection, tracking
+from harness.compaction import compact
+from harness.projection import Projection, default_uri
 from harness.record import Store
+from harness.refusal import Refused, masked
 from harness.summary import headline
-from harness.tracking import Projection, Tracker, default_uri, masked
+from harness.tracking import Tracker, sync
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +30,7 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database without runs: making its tables takes seconds, copying it nothing."""
     folder = tmp_path_factory.mktemp("schema")
     Projection(default_uri(folder / "none"), "none", Store(folder / "none"))
-    client = tracking._connect(default_uri(folder / "none"))
+    client = projection._connect(default_uri(folder / "none"))
     for run in runs(client):
         client.delete_run(run.info.run_id)
     return folder / "mlflow.db"
@@ -45,7 +50,7 @@ def runs(client: Any) -> list[Any]:
 
 def families(store: Store) -> tuple[list[Any], dict[str, Any]]:
     """The parent runs, and the child runs by trial id (one each, or the test fails)."""
-    found = runs(tracking._connect(default_uri(store.path)))
+    found = runs(projection._connect(default_uri(store.path)))
     parents = [run for run in found if "fedstill.sweep" in run.data.tags]
     children = [run for run in found if "fedstill.sweep" not in run.data.tags]
     named = {run.data.tags["fedstill.trial_id"]: run for run in children}
@@ -55,7 +60,7 @@ def families(store: Store) -> tuple[list[Any], dict[str, Any]]:
 
 def state(store: Store) -> list[tuple[Any, ...]]:
     """All that a user can see of every run."""
-    found = runs(tracking._connect(default_uri(store.path)))
+    found = runs(projection._connect(default_uri(store.path)))
     return [(vars(run.info), run.data.metrics, run.data.params, run.data.tags) for run in found]
 
 
@@ -109,7 +114,7 @@ def test_metrics_are_by_round_and_their_time_is_the_trials_clock(store: Store) -
     tracker.add(*commit(store, "aa"))
     tracker.close()
     run_id = families(store)[1]["aa"].info.run_id
-    client = tracking._connect(default_uri(store.path))
+    client = projection._connect(default_uri(store.path))
     history = client.get_metric_history(run_id, "student/accuracy")
     assert [(m.step, m.value) for m in history] == [(1, 0.1), (3, pytest.approx(0.3))]
     assert [m.timestamp - 1735689600000 for m in history] == [4000, 8000]
@@ -150,8 +155,8 @@ def test_a_row_from_the_trial_equals_the_row_read_back(store: Store) -> None:
     commit(store, "bb", ("global",), note=0.5)
     back = store.rows("trials", "aa")[0]
     united = next(row for row in store.rows("trials") if row["trial_id"] == "aa")
-    assert tracking._digest(first) == tracking._digest(back) == tracking._digest(united)
-    assert tracking._digest(first | {"seconds": 8.6}) != tracking._digest(first)
+    assert portrait.digest(first) == portrait.digest(back) == portrait.digest(united)
+    assert portrait.digest(first | {"seconds": 8.6}) != portrait.digest(first)
 
 
 def test_a_failed_and_a_stopped_trial_say_so(store: Store) -> None:
@@ -179,18 +184,19 @@ def test_a_retried_trial_takes_the_place_of_the_failed_one(store: Store) -> None
 
 @pytest.mark.parametrize("cut", ["log_batch", "set_tag", "set_terminated", "create_run"])
 def test_a_run_half_written_by_a_crash_is_made_whole(store: Store, monkeypatch: pytest.MonkeyPatch, cut: str) -> None:
-    projection = Projection(default_uri(store.path), "sweep", store)
+    half = Projection(default_uri(store.path), "sweep", store)
     trial, rounds = commit(store, "aa")
-    original = getattr(projection._client, cut)
+    half._open("sweep")
+    original = getattr(half._client, cut)
 
     def crash(*args: Any, **more: Any) -> Any:
         if cut == "create_run":  # the server made the run, its answer was lost
             original(*args, **more)
         raise ConnectionError("gone")
 
-    monkeypatch.setattr(projection._client, cut, crash)
+    monkeypatch.setattr(half._client, cut, crash)
     with pytest.raises(ConnectionError):
-        projection.put(trial, rounds)
+        half.put(trial, rounds)
     (parent,), children = families(store)
     assert (children["aa"].info.status, parent.info.status) == ("RUNNING", "RUNNING")
     assert Tracker(None, "sweep", store.path).close() == []
@@ -198,25 +204,25 @@ def test_a_run_half_written_by_a_crash_is_made_whole(store: Store, monkeypatch: 
     assert (children["aa"].info.status, parent.info.status) == ("FINISHED", "FINISHED")
     assert children["aa"].data.metrics["student_accuracy_last10"] == pytest.approx(0.2)
     assert children["aa"].data.params["hyper.lambda_kd"] == "0.5"
-    assert not Projection(default_uri(store.path), "sweep", store).reconcile()
+    assert Projection(default_uri(store.path), "sweep", store).reconcile() == (0, 0)
 
 
 def test_what_is_missing_or_doubled_or_deleted_is_set_right(store: Store) -> None:
     for trial_id in ("aa", "bb", "cc"):
         commit(store, trial_id)
-    assert Projection(default_uri(store.path), "sweep", store).reconcile() == 3
-    client = tracking._connect(default_uri(store.path))
+    assert Projection(default_uri(store.path), "sweep", store).reconcile() == (3, 0)
+    client = projection._connect(default_uri(store.path))
     (parent,), children = families(store)
     client.delete_run(children["aa"].info.run_id)
     tags = {"fedstill.trial_id": "bb", "mlflow.parentRunId": parent.info.run_id}
     client.create_run(parent.info.experiment_id, tags=tags)
-    assert Projection(default_uri(store.path), "sweep", store).reconcile() == 2
+    assert Projection(default_uri(store.path), "sweep", store).reconcile() == (2, 2)
     assert set(families(store)[1]) == {"aa", "bb", "cc"}
     client.delete_experiment(parent.info.experiment_id)
     # MLflow restores an experiment with every run that was ever deleted from it
     Projection(default_uri(store.path), "sweep", store).reconcile()
     assert set(families(store)[1]) == {"aa", "bb", "cc"}
-    assert Projection(default_uri(store.path), "sweep", store).reconcile() == 0
+    assert Projection(default_uri(store.path), "sweep", store).reconcile() == (0, 0)
 
 
 def test_two_results_folders_do_not_share_runs(store: Store) -> None:
@@ -224,7 +230,7 @@ def test_two_results_folders_do_not_share_runs(store: Store) -> None:
     for folder in (store, other):
         commit(folder, "aa")
         assert Tracker(None, "sweep", folder.path).close() == []
-    found = runs(tracking._connect(default_uri(store.path)))
+    found = runs(projection._connect(default_uri(store.path)))
     assert sorted(run.info.run_name for run in found if "fedstill.sweep" in run.data.tags) == [
         "sweep",
         "sweep (other)",
@@ -233,31 +239,215 @@ def test_two_results_folders_do_not_share_runs(store: Store) -> None:
 
 
 def test_more_metrics_than_a_call_takes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "BATCH", 7)
+    monkeypatch.setattr(projection, "BATCH", 7)
     commit(store, "aa")
     sizes = []
-    projection = Projection(default_uri(store.path), "sweep", store)
-    original = projection._client.log_batch
+    small = Projection(default_uri(store.path), "sweep", store)
+    original = small._client.log_batch
 
     def count(run_id: str, metrics: Any = (), **more: Any) -> None:
         sizes.append(len(metrics))
         original(run_id, metrics=metrics, **more)
 
-    monkeypatch.setattr(projection._client, "log_batch", count)
-    projection.reconcile()
+    monkeypatch.setattr(small._client, "log_batch", count)
+    small.reconcile()
     assert max(sizes) == 7
     assert len(sizes) > 3
     run = families(store)[1]["aa"]
-    client = tracking._connect(default_uri(store.path))
+    client = projection._connect(default_uri(store.path))
     assert len(client.get_metric_history(run.info.run_id, "cost/seconds")) == 4
 
 
 def test_local_artifacts_lie_beside_the_database(store: Store) -> None:
     Projection(default_uri(store.path), "sweep", store)
-    client = tracking._connect(default_uri(store.path))
+    client = projection._connect(default_uri(store.path))
     place = client.get_experiment_by_name("fedstill").artifact_location
     assert place.endswith("/mlflow-artifacts")
     assert not (Path.cwd() / "mlruns").exists()
+
+
+def test_each_sweep_of_a_folder_has_its_own_parent_and_each_trial_one_run(store: Store) -> None:
+    """Two sweeps that share a results folder: what the second finds done stays the first one's."""
+    commit(store, "aa", sweep="one")
+    assert Tracker(None, "one", store.path).close() == []
+    before = state(store)
+    commit(store, "bb", sweep="two")
+    assert Tracker(None, "two", store.path).close() == []
+    parents, children = families(store)
+    owners = {run.info.run_id: run.data.tags["fedstill.sweep"] for run in parents}
+    assert sorted(owners.values()) == ["one", "two"]
+    assert owners[children["aa"].data.tags["mlflow.parentRunId"]] == "one"
+    assert owners[children["bb"].data.tags["mlflow.parentRunId"]] == "two"
+    assert [one for one in state(store) if one in before] == before
+    assert sync(store.path)[-1].endswith("0 runs written, 0 removed.")
+
+
+def line(store: Store, written: int, removed: int) -> str:
+    return f"MLflow at {default_uri(store.path)}: {written} runs written, {removed} removed."
+
+
+def seen(store: Store) -> list[Any]:
+    """All that a user can see of every run, but ids and the parents' clock."""
+    found = []
+    for run in runs(projection._connect(default_uri(store.path))):
+        tags = {k: v for k, v in run.data.tags.items() if k != "mlflow.parentRunId"}
+        times = (run.info.start_time, run.info.end_time) if "fedstill.trial_id" in tags else ()
+        found.append([run.info.run_name, run.info.status, times, run.data.metrics, run.data.params, tags])
+    return sorted(found, key=str)
+
+
+@pytest.fixture
+def tracked(store: Store) -> Store:
+    """Three trials of two sweeps, in the tables and in MLflow."""
+    for trial_id, sweep in (("aa", "one"), ("bb", "one"), ("cc", "two")):
+        commit(store, trial_id, sweep=sweep)
+    assert sync(store.path) == [line(store, 3, 0)]
+    assert [run[0] for run in seen(store)] == [
+        "kdia seed=1 aa",
+        "kdia seed=1 bb",
+        "kdia seed=1 cc",
+        "one (sweep)",
+        "two (sweep)",
+    ]
+    return store
+
+
+def damage(database: Path, how: str) -> None:
+    if how == "deleted":
+        database.unlink()
+    elif how in ("half made", "half migrated"):  # as a kill while MLflow makes or changes its tables leaves it
+        with closing(sqlite3.connect(database)) as opened:
+            opened.execute(
+                "DROP TABLE alembic_version" if how == "half made" else "CREATE TABLE _alembic_tmp_runs (x)"
+            )
+            opened.commit()
+    else:
+        content = database.read_bytes()
+        spoiled = {
+            "empty": b"",
+            "cut": content[: len(content) // 2],
+            "text": b"x" * 5000,
+            "middle": content[:8192] + bytes(65536) + content[73728:],
+        }
+        database.write_bytes(spoiled[how])
+
+
+@pytest.mark.parametrize("how", ["deleted", "cut"])
+def test_a_lost_or_broken_database_is_rebuilt_from_the_tables(tmp_path: Path, tracked: Store, how: str) -> None:
+    before = seen(tracked)
+    # A place of its own: MLflow keeps databases open in this process.
+    tracked = Store(shutil.copytree(tracked.path.parent, tmp_path / "broken") / tracked.path.name)
+    database = tracked.path.parent / "mlflow.db"
+    damage(database, how)
+    spoiled = database.read_bytes() if database.exists() else b""
+    *aside, done = sync(tracked.path)
+    assert done == line(tracked, 3, 0)
+    if how != "deleted":
+        assert len(aside) == 1 and str(database) in aside[0] and "put aside as .damaged-mlflow.db" in aside[0]
+        assert database.with_name(".damaged-mlflow.db").read_bytes()[:4096] == spoiled[:4096]
+    assert seen(tracked) == before
+    assert sync(tracked.path) == [line(tracked, 0, 0)]
+
+
+@pytest.mark.parametrize("how", ["cut", "text", "middle", "half made", "half migrated"])
+def test_a_broken_database_is_known_for_what_it_is(tmp_path: Path, schema: Path, how: str) -> None:
+    """A sound one is left alone, also while another process writes to it."""
+    database = Path(shutil.copy(schema, tmp_path / "mlflow.db"))
+    with closing(sqlite3.connect(database)) as busy:
+        busy.execute("BEGIN EXCLUSIVE")
+        assert tracking._put_aside(f"sqlite:///{database}") == []
+    assert tracking._put_aside(f"sqlite:///{database}") == []
+    damage(database, how)
+    (said,) = tracking._put_aside(f"sqlite:///{database}")
+    assert said.startswith(f"{database} is damaged" if how in ("cut", "text", "middle") else f"{database} was made")
+    assert not database.exists()
+    assert tracking._put_aside(f"sqlite:///{database}") == tracking._put_aside("http://somewhere:1") == []
+
+
+def test_runs_that_no_row_stands_for_are_removed(tracked: Store) -> None:
+    """Trials that were discarded, with the last one of a sweep also its parent; a run under it that is no trial's."""
+    tracked.discard(["bb", "cc"])
+    client = projection._connect(default_uri(tracked.path))
+    (parent,) = (run for run in families(tracked)[0] if run.data.tags["fedstill.sweep"] == "one")
+    client.create_run(parent.info.experiment_id, tags={"mlflow.parentRunId": parent.info.run_id})
+    mine = client.create_run(parent.info.experiment_id, run_name="not fedstill's")
+    assert sync(tracked.path) == [line(tracked, 0, 4)]
+    assert sorted(run.info.run_name for run in runs(client)) == ["kdia seed=1 aa", "not fedstill's", "one (sweep)"]
+    client.delete_run(mine.info.run_id)
+    assert sync(tracked.path) == [line(tracked, 0, 0)]
+
+
+def test_a_parent_that_is_there_twice_becomes_one(tracked: Store) -> None:
+    """As two processes leave it that made it at the same time."""
+    client = projection._connect(default_uri(tracked.path))
+    (one, _), children = families(tracked)
+    twin = client.create_run(one.info.experiment_id, tags=dict(one.data.tags), run_name=one.info.run_name)
+    client.set_tag(children["aa"].info.run_id, "mlflow.parentRunId", twin.info.run_id)
+    assert sync(tracked.path) == [line(tracked, 1, 2)]
+    assert len(families(tracked)[0]) == 2
+    assert sync(tracked.path) == [line(tracked, 0, 0)]
+
+
+def test_compaction_is_nothing_to_mlflow(tracked: Store) -> None:
+    before = state(tracked)
+    compact(tracked.path)
+    assert sync(tracked.path) == [line(tracked, 0, 0)]
+    assert state(tracked) == before
+
+
+def test_folders_of_one_name_keep_their_runs_apart_on_a_server(
+    tmp_path: Path, schema: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not beside the results may be shared: neither folder takes the other's runs for its own."""
+    shared = shutil.copy(schema, tmp_path / "shared.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shared}")
+    folders = [Store(tmp_path / user / "quick") for user in ("ann", "bob")]
+    for number, folder in enumerate(folders):
+        commit(folder, "aa", seed=number)
+    for expected in ("1 runs written, 0 removed.", "0 runs written, 0 removed."):
+        assert [sync(folder.path)[-1].rpartition(": ")[2] for folder in folders] == [expected] * 2
+    moved = Store(folders[0].path.rename(tmp_path / "quick"))
+    assert sync(moved.path)[-1].endswith("0 runs written, 0 removed.")
+
+
+def test_sync_is_refused_where_it_can_not_be(tracked: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Refused, match="there is no results folder"):
+        sync(tracked.path / "none")
+    (tracked.path.parent / "deep" / "other").mkdir(parents=True)
+    with pytest.raises(Refused, match="holds no tables of a sweep"):
+        sync(tracked.path.parent / "deep" / "other")
+    assert [path.name for path in (tracked.path.parent / "deep").iterdir()] == ["other"]
+    with lock.held(tracked.path), pytest.raises(Refused, match="is in use by process"):
+        sync(tracked.path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ann:s3cret@127.0.0.1:{unused_port()}")
+    with pytest.raises(Refused, match=r"MLflow at http://\*\*\*@127.+ can't be brought up to date") as refusal:
+        sync(tracked.path)
+    assert "s3cret" not in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_looking_changes_nothing_and_tells_each_difference(tracked: Store) -> None:
+    def told() -> list[str]:
+        look = Projection(default_uri(tracked.path), None, tracked, look=True)
+        return [f"{trial_id} {what}" for trial_id, what in look.differences()]
+
+    assert told() == []
+    client = projection._connect(default_uri(tracked.path))
+    _, children = families(tracked)
+    client.delete_run(children["aa"].info.run_id)
+    client.set_tag(children["bb"].info.run_id, "fedstill.digest", "x")
+    twin = client.create_run(children["cc"].info.experiment_id, tags=dict(children["cc"].data.tags))
+    strange = dict(children["cc"].data.tags) | {"fedstill.trial_id": "dd"}
+    stranger = client.create_run(children["cc"].info.experiment_id, tags=strange)
+    before = state(tracked)
+    first, second, third, fourth = told()
+    assert first == "aa has no run"
+    assert second.startswith("bb its run") and children["bb"].info.run_id in second
+    assert third.startswith("cc has 2 runs") and twin.info.run_id in third
+    assert fourth.startswith("dd ") and stranger.info.run_id in fourth
+    assert state(tracked) == before
+    assert sync(tracked.path) == [line(tracked, 3, 4)]
+    assert told() == []
 
 
 class Slow(BaseHTTPRequestHandler):
@@ -314,7 +504,7 @@ def test_a_dead_server_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_server_that_comes_back_gets_what_it_missed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, tries = tracking._connect, []
+    real, tries = projection._connect, []
 
     def down_once(uri: str) -> Any:
         tries.append(uri)
@@ -322,7 +512,7 @@ def test_a_server_that_comes_back_gets_what_it_missed(store: Store, monkeypatch:
             raise ConnectionError("refused")
         return real(uri)
 
-    monkeypatch.setattr(tracking, "_connect", down_once)
+    monkeypatch.setattr(projection, "_connect", down_once)
     tracker = Tracker(None, "sweep", store.path)
     tracker.add(*commit(store, "aa"))
     tracker.add(*commit(store, "bb"))
