@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 
 from harness import live, page
+from harness.axes import load_sweep
 from harness.record import Store
 from harness.refusal import Refused
 from harness.series import POINTS, thin
@@ -56,7 +57,7 @@ class Folder:
             for at in range(rounds)
         ]
         config = {"method": method, "dataset": "digits", "seed": seed, "clients": 4, "participation": 0.5} | config
-        config["partition"] = {"alpha": alpha}
+        config.setdefault("partition", {"alpha": alpha})
         row = {
             "trial_id": trial_id,
             "sweep": "made-up",
@@ -775,6 +776,21 @@ def test_newer_data_moves_nothing(chromium: Browser, tmp_path: Path, monkeypatch
         server.shutdown()
         thread.join()
     chromium.wait("document.getElementById('live').innerText == 'Not connected'")
+
+
+@pytest.mark.browser
+def test_published_numbers_stand_beside_ours(chromium: Browser, tmp_path: Path) -> None:
+    """Made-up trials of a replay card's settings: FedAvg ends at 63.8 +/- 2.5 %, the paper has 66.3."""
+    made = Folder(tmp_path / "replay")
+    for cell in load_sweep("replay/moon-cifar10").cells:
+        config = json.loads(cell.model_dump_json())
+        made.add(cell.method, {"global": 0.64}, 0.5, cell.seed, config=config, dataset="cifar10", published="moon")
+    chromium.open(page.write(made.path).as_uri())
+    chromium.tab("published")
+    rows = [text.replace("\t", "\n").split("\n") for text in chromium.texts(".section-published tbody tr")]
+    assert {"fedavg", "MOON, CVPR 2021, arXiv 2103.16257", "66.30", "63.79", "-2.51", "outside"} <= {*rows[0]}
+    assert sum("not run" in row for row in rows) == len(rows) - 4
+    assert chromium.problems() == []
 
 
 @pytest.mark.browser

@@ -448,7 +448,7 @@ async function published() {
   const found = (await part("published")) ?? [], words = state.text.toLowerCase().split(/\s+/);
   const rows = found.map((one, i) => ({ ...one, key: String(i), label: `${one.method}, ${one.source}`, difference: one.ours?.[0] == null ? null : one.ours[0] - one.value }))
     .filter((row) => words.every((word) => `${row.method} ${row.role}`.toLowerCase().includes(word)));
-  const ends = rows.flatMap((row) => [row.value, ...(row.ours ?? [])]).filter(Number.isFinite), domain = [Math.min(...ends), Math.max(...ends)];
+  const ends = rows.filter((row) => row.ours).flatMap((row) => [row.value, ...row.ours]).filter(Number.isFinite), domain = [Math.min(...ends), Math.max(...ends)];
   const ours = (row) => (row.ours?.[0] == null ? "–" : [el("span", { class: "score" }, figure(row.ours[0])), pairStrip(row, domain), el("span", { class: "interval" }, row.ours[1] === null ? "" : `${figure(row.ours[1])} … ${figure(row.ours[2])}`)]);
   return [
     el("h2", null, "Beside published numbers"),
