@@ -17,7 +17,10 @@ from harness.refusal import Refused, unknown
 from harness.settings import Unfit, check
 from harness.space import SearchPlan
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAME = re.compile(r"(?=.{1,64}$)[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
+_RULE = "1 to 64 ASCII letters, digits, '.', '_' or '-', the first a letter or digit, the last no dot"
+# What a system keeps for its devices, whatever follows a dot; and what lies in results/ beside the sweeps.
+_RESERVED = re.compile(r"(?i)(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?|published|leaderboards")
 _TABLES = ("name", "title", "methods", "seeds", "base", "hyper", "grid", "search", "execution", "published")
 # Each of these follows from the other, so setting one takes back what an earlier layer said of the other.
 _EXCLUSIVE = {"cohort": "participation", "participation": "cohort"}
@@ -65,8 +68,8 @@ def load_sweep(card: str | Path, texts: Sequence[str] = ()) -> Sweep:
     counted = Setting("seeds", _seeds(raw.get("seeds", [0])), cards.place(path, "seeds"))
     name = checked_name(raw.get("name", path.stem), cards.place(path, "name"))
     title = raw.get("title", "")
-    if not isinstance(title, str):
-        raise Refused(f"{cards.place(path, 'title')}: title must be plain text, got {title!r:.80}")
+    if not isinstance(title, str) or not title.isprintable():
+        raise Refused(f"{cards.place(path, 'title')}: title must be plain text on one line, got {title!r:.80}")
     if not listed.values and methods is None:
         raise Refused(f"{path.name}: no methods; write methods = [...] with some of {', '.join(registry.names())}")
     _check_methods(listed)
@@ -96,10 +99,11 @@ def resolve_setting(texts: Sequence[str] = ()) -> Trial:
 
 def checked_name(name: object, source: str) -> str:
     """A sweep's name, which becomes a folder's. Raises Refused for anything that could lead out of the results."""
-    if isinstance(name, str) and _NAME.fullmatch(name):
+    if isinstance(name, str) and _NAME.fullmatch(name) and not _RESERVED.fullmatch(name):
         return name
-    rule = "1 to 64 ASCII letters, digits, '.', '_' or '-', the first a letter or digit"
-    raise Refused(f"{source}: name must be {rule}, got {name!r:.80}")
+    if isinstance(name, str) and _RESERVED.fullmatch(name):
+        raise Refused(f"{source}: name {name!r} is reserved: choose another one")
+    raise Refused(f"{source}: name must be {_RULE}, got {name!r:.80}")
 
 
 def _lists(given: Sequence[Setting]) -> tuple[list[Setting], Setting | None, Setting | None]:
@@ -141,6 +145,10 @@ def _check_methods(methods: Setting) -> None:
             registry.load(method)
         except (Refused, OSError) as error:
             raise Refused(f"{methods.source}: {error}") from error
+        if method.endswith(".py") and not _NAME.fullmatch(registry.label(method)):
+            raise Refused(
+                f"{methods.source}: a method file's name, less its .py, must be {_RULE}, got {method!r:.80}"
+            )
         if labels.setdefault(registry.label(method), method) != method:
             raise Refused(f"{methods.source}: two methods are called {registry.label(method)!r}")
 
@@ -167,6 +175,8 @@ def _card_settings(raw: Mapping[str, Any], path: Path, known: Mapping[str, Targe
         source = cards.place(path, f"{table}.{name}")
         if name.partition(".")[0] in ("method", "methods", "seed", "seeds"):
             raise Refused(f"{source}: write methods = [...] and seeds = [...] at the top of the card")
+        if values == ({},) and any(k.startswith(f"{key}.") and t.scope in scopes for k, t in known.items()):
+            return  # a table with nothing in it
         if key not in known or known[key].scope not in scopes:
             fit = [k for k, target in known.items() if target.scope in scopes]
             raise Refused(f"{source}: {overrides.why_unknown(key, {k: known[k] for k in fit})}")

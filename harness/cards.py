@@ -55,13 +55,14 @@ def read(kind: str, name_or_path: str | Path) -> dict[str, Any]:
     """The content of a card. Refused, with the file and the line, when it is missing or is not valid TOML."""
     path = find(kind, name_or_path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(_text(path))
     except RecursionError:
         raise Refused(f"{path}: nested too deeply for a card") from None
     except UnicodeDecodeError as error:
         raise Refused(f"{path}: not UTF-8 text (byte {error.start})") from None
     except (ValueError, OSError) as error:  # tomllib's message ends in "(at line 3, column 7)"
-        raise Refused(f"{path}: {error}") from None
+        twice = ": a key is there twice" if "overwrite" in str(error) else ""
+        raise Refused(f"{path}: {error}{twice}") from None
 
 
 def place(path: Path, key: str) -> str:
@@ -69,16 +70,20 @@ def place(path: Path, key: str) -> str:
 
     tomllib keeps no positions, so the text is searched; a key that is not found goes without a line.
     """
-    table = ""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    table, shown = "", key[:80]
+    for number, line in enumerate(_text(path).splitlines(), start=1):
         text = line.strip()
         if header := _HEADER.fullmatch(text):
             table = _bare(header[1])
             if table == key:
-                return f"{path.name}, line {number}, {key}"
+                return f"{path.name}, line {number}, {shown}"
         elif "=" in text and key == ".".join(filter(None, (table, _bare(text.split("=")[0])))):
-            return f"{path.name}, line {number}, {key}"
-    return f"{path.name}, {key}"
+            return f"{path.name}, line {number}, {shown}"
+    return f"{path.name}, {shown}"
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
 
 
 def _bare(key: str) -> str:

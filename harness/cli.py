@@ -161,7 +161,7 @@ def _run(planned: Sweep, results: Path | None, fresh: bool) -> None:
     from harness.progress import Display, console
     from harness.sweep import run as run_cells
 
-    folder = (results or Path("results") / planned.name).resolve()
+    folder = (results or Path("results") / planned.name).absolute()  # links in it are the store's to judge
     out = console()
     drawn = {key for group in planned.search.groups for key in group.dimensions} if planned.search else ()
     with Display(out, (*planned.axes, *sorted(drawn))) as display:
@@ -228,6 +228,8 @@ def main() -> None:
     words = sys.argv[1:] or ["--help"]
     commands = [c.callback.__name__ for c in app.registered_commands if c.callback]
     try:
+        if "" in words:  # as a folder it would mean this one
+            raise Refused("an argument is empty: was it a variable that is not set? Give it a value, or leave it out")
         if not words[0].startswith("-") and words[0] not in commands:
             raise unknown("command", words[0], commands)
         code = app(words, standalone_mode=False)
@@ -241,7 +243,7 @@ def main() -> None:
         said = str(problem)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(128 + _ended_by[0] if _ended_by else 130)
-    print(f"fedstill: {said}", file=sys.stderr)
+    print(f"fedstill: {Refused(said)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import platform
+import re
 import secrets
 import shutil
 import signal
@@ -147,7 +148,7 @@ class Lookout:
 
 
 def _join(there: str, cells: Iterable[Trial]) -> None:
-    if "://" in there:
+    if there != "auto" and not re.fullmatch(r"[^\s/@]+:[0-9]{1,5}", there):
         raise ValueError("an address is HOST:PORT or auto, of a cluster that this machine is a node of")
     _knock(there)
     with _staged(cells) as folder, _overheard() as said:

@@ -25,6 +25,10 @@ def read_trace(path: Path | str, clients: int) -> tuple[dict[int, list[int]], st
     """
     import pandas as pd
 
+    if not Path(path).is_file():
+        raise Refused(
+            f"availability.trace = {str(path)!r} is no file: give a Parquet file with columns round and client"
+        )
     try:
         rows = pd.read_parquet(path, columns=["round", "client"]).to_numpy()
     except (OSError, ValueError, KeyError) as error:

@@ -25,6 +25,8 @@ def compact(results: Path) -> str:
     """
     if not results.is_dir():
         raise Refused(f"there is no results folder {results}: `fedstill sweep CARD` makes one")
+    if not (results / "trials").is_dir():
+        raise Refused(f"{results} is no results folder: it has no tables; `fedstill sweep CARD` makes one")
     with lock.held(results):
         rows = parquet.read(results, "trials").select(["trial_id", "status", "reason", "stage"]).to_pylist()
         again = {r["trial_id"] for r in rows if not final(r["status"], r["reason"] or "", r["stage"] or "")}

@@ -147,18 +147,18 @@ def _method(trial: Trial) -> tuple[str, str]:
     return str(path), source
 
 
-def _net(trial: Trial) -> str:
-    """The net's name, "auto" replaced by the data card's; refused when it cannot take the data."""
+def _net(trial: Trial, key: str = "net") -> str:
+    """The net's name, "auto" replaced by the data card's; refused, under this key, when it cannot take the data."""
     if trial.dataset not in cards.names("datasets"):
         raise Unfit("dataset", str(unknown("dataset", trial.dataset, cards.names("datasets"))))
     auto: str = cards.read("datasets", trial.dataset)["default_net"]
     name = auto if trial.net == "auto" else trial.net
     if name not in nets.names(of=name):
-        raise Unfit("net", str(unknown("net", name, ("auto", *nets.names(of=name)))))
+        raise Unfit(key, str(unknown(f"net in {key}" if key != "net" else key, name, ("auto", *nets.names(of=name)))))
     try:
         nets.build(name, *_rows_of(trial.dataset))
     except Refused as error:
-        raise Unfit("net", f"net {name} on {trial.dataset}: {error}") from error
+        raise Unfit(key, f"net {name} on {trial.dataset}: {error}") from error
     return name
 
 
@@ -187,7 +187,7 @@ def _check_needs(trial: Trial) -> None:
         raise Unfit("holdout.test", f"method {label} keeps a model per client: set holdout.test=0.2 to measure them")
     if not trial.holdout.validation and "validation" in needs:
         raise Unfit("holdout.validation", f"method {label} needs validation rows: set holdout.validation=0.1")
-    levels = [_net(trial.model_copy(update={"net": name})) for name in trial.fleet.nets]
+    levels = [_net(trial.model_copy(update={"net": name}), "fleet.nets") for name in trial.fleet.nets]
     if not levels and "fleet" in needs:
         raise Unfit("fleet.nets", f"method {label} needs two nets or more: set fleet.nets=[mlp,lenet5]")
     if len(set(levels)) > 1 and "one_net" in needs:

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import lru_cache
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 
 from harness import registry
 from harness.refusal import Refused, unknown
 from harness.settings import RULES, Unfit, unfit
 
+# What methods may need of a trial, see `protocol.Algorithm`.
+NEEDS = (
+    *("one_net", "fleet", "same_latent", "proxy", "labelled_proxy", "label_counts", "private_test", "validation"),
+    "pooled",
+)
+
+
+KINDS = "true or false, numbers, texts, or tuples of these"
+
 
 @lru_cache
 def hyper_fields(method: str) -> dict[str, tuple[Any, Any]]:
-    """Name -> (annotation, default) of a method's hyper-parameters; the default is MISSING where there is none."""
+    """Name -> (annotation, default) of a method's hyper-parameters; the default is MISSING where there is none.
+
+    Raises Refused for annotations that can't be read.
+    """
     algorithm = registry.load(method)
-    hints = get_type_hints(algorithm, include_extras=True)
+    try:
+        hints = get_type_hints(algorithm, include_extras=True)
+    except Exception as error:
+        raise Refused(f"method {registry.label(method)}: its annotations can't be read: {_said(error)}") from error
     defaults = {
         f.name: f.default if f.default_factory is MISSING else f.default_factory()
         for f in fields(algorithm)  # type: ignore[arg-type]
@@ -28,7 +45,13 @@ def hyper_fields(method: str) -> dict[str, tuple[Any, Any]]:
 
 @lru_cache
 def _adapter(method: str, name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(hyper_fields(method)[name][0], config=RULES)
+    try:
+        return TypeAdapter(hyper_fields(method)[name][0], config=RULES)
+    except PydanticUserError as error:
+        label = registry.label(method)
+        raise Unfit(
+            f"hyper.{name}", f"{name} (hyper-parameter of method {label}) must be annotated with {KINDS}"
+        ) from error
 
 
 def complete(method: str, given: object) -> dict[str, Any]:
@@ -45,13 +68,38 @@ def complete(method: str, given: object) -> dict[str, Any]:
         value = given.get(name, default)
         if value is MISSING:
             raise Unfit(f"hyper.{name}", f"method {label} needs a value for its hyper-parameter {name}")
+        what = f"{name} (hyper-parameter of method {label})"
         try:
             values[name] = _adapter(method, name).validate_python(tuple(value) if isinstance(value, list) else value)
         except ValidationError as error:
-            what = f"{name} (hyper-parameter of method {label})"
             raise unfit(f"hyper.{name}", error.errors(include_url=False)[0], annotation, what) from error
+        if not all(map(_plain, values[name] if isinstance(values[name], tuple) else (values[name],))):
+            raise Unfit(f"hyper.{name}", f"{what} must be of {KINDS}, got {values[name]!r:.80}")
+    _check_made(method, values)
+    return values
+
+
+def _check_made(method: str, values: Mapping[str, Any]) -> None:
+    """Whether the method takes these values, and can say what it needs with them."""
+    label = registry.label(method)
     try:
-        registry.make(method, values)
+        needs = registry.make(method, values).needs
     except Refused as error:
         raise Unfit("hyper", f"method {label}: {error}") from error
-    return values
+    except Exception as error:  # what a method throws is its own affair, but no crash
+        raise Unfit("hyper", f"method {label} can't be made: {_said(error)}") from error
+    if not isinstance(needs, frozenset):
+        raise Unfit("method", f"method {label}: needs must be a frozenset of {', '.join(NEEDS)}, got {needs!r:.80}")
+    for need in needs.difference(NEEDS):
+        raise Unfit("method", f"method {label}: {unknown('need', str(need), NEEDS)}")
+
+
+def _plain(value: object) -> bool:
+    """Whether a value can be written down, and read back equal."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, bool | int | str)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

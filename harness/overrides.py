@@ -87,7 +87,8 @@ def flatten(table: object, source: str, prefix: str = "") -> dict[str, Any]:
         raise Refused(f"{source} must be a table, got {table!r:.80}")
     flat: dict[str, Any] = {}
     for name, value in table.items():
-        inner = flatten(value, source, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        nested = isinstance(value, dict) and value  # an empty table is a value: its name may be misspelt
+        inner = flatten(value, source, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
         for key in inner.keys() & flat.keys():
             raise Refused(f"{source}: {key} is set twice")
         flat |= inner
@@ -108,14 +109,15 @@ def why_unknown(key: str, known: Mapping[str, Target]) -> str:
     owner, _, name = key.partition(".")
     inside = [k for k in known if k.startswith(f"{owner}.") or k.startswith(f"hyper.{owner}.")]
     if inside and not name:
-        return f"{key} is a table: set one of {', '.join(inside)}"
-    if not inside and name and owner in registry.names():
-        return f"method {owner} is not in this sweep, so {key} sets nothing"
+        return f"{owner[:80]} is a table: set one of {', '.join(inside)}"
+    if not inside and owner in registry.names():
+        why = "is not in this sweep" if hyper_fields(owner) else "has no hyper-parameters"
+        return f"method {owner} {why}, so {key[:80]} sets nothing"
     lasts = {k.rpartition(".")[2]: k for k in known}
     guess = nearest(key, inside or known) or lasts.get(nearest(key.rpartition(".")[2], lasts), "")
     meant = f" Did you mean {guess!r}?" if guess else ""
     kind = "hyper-parameter" if inside and known[inside[0]].scope == "hyper" else "key"
-    return f"unknown {kind} {key[:80]!r}.{meant} Allowed: {', '.join(inside or known)}."
+    return f"unknown {kind} {key[:80]!r}.{meant} Allowed: {', '.join(inside or known) or 'none, with these methods'}."
 
 
 def _parse(text: str) -> Setting:

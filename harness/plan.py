@@ -113,7 +113,11 @@ def resolved(
 
 def located(error: Unfit, places: Mapping[str, Placed]) -> Refused:
     """The refusal with the place where the key was set. Without a key of its own (a method's check): by its words."""
-    if error.key == "hyper" or error.key.startswith("hyper."):
+    inside = [key for key in places if key.startswith(f"{error.key}.")]
+    if inside and error.key != "hyper":
+        named = [key for key in inside if re.search(rf"\b{re.escape(key)}\b", str(error))]
+        sources = [places[key].source for key in named or inside]
+    elif error.key == "hyper" or error.key.startswith("hyper."):
         words = [error.key.removeprefix("hyper.")] if "." in error.key else re.findall(r"\w+", str(error))
         sources = [s.source for key, s in places.items() if key.rpartition(".")[2] in words]
     else:

@@ -10,11 +10,18 @@ from difflib import get_close_matches
 class Refused(ValueError):
     """Input that cannot be served. Its text is one line for the user; the command prints it and exits with 2.
 
-    Passwords in addresses are left out of it: such a line may end up in a log that others read.
+    Passwords in addresses are left out of it: such a line may end up in a log that others read. What a terminal would
+    act on is spelled out: names in it are somebody's.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_without_passwords(" ".join(message.split())))
+        super().__init__(_without_passwords(plain(message)))
+
+
+def plain(text: str) -> str:
+    """The text on one line, with what can't be printed (escapes, marks that turn the direction round) spelled out."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def masked(text: str) -> str:
@@ -39,4 +46,4 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> Refused:
     names = sorted(allowed)
     guess = nearest(name, names)
     meant = f" Did you mean {guess!r}?" if guess else ""
-    return Refused(f"unknown {kind} {name!r}.{meant} Allowed: {', '.join(names) or 'none'}.")
+    return Refused(f"unknown {kind} {name[:80]!r}.{meant} Allowed: {', '.join(names) or 'none'}.")

@@ -51,7 +51,9 @@ def text(name: str, source: str = "") -> bytes:
     sent = SENT / f"{source}.py"
     path = sent if source and sent.is_file() else Path(name)
     if not path.is_file():
-        raise Refused(f"no method file {str(path)!r}: give the path of an existing .py file, or one of {names()}")
+        raise Refused(
+            f"no method file {str(path)!r}: give the path of an existing .py file, or one of {', '.join(names())}"
+        )
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if source not in ("", found):
@@ -91,7 +93,7 @@ def _of_text(name: str, content: bytes) -> type[Algorithm]:
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Refused(f"the method file {name} does not import: {type(error).__name__}: {error}") from error
     return _method_of(module, name)
 

@@ -154,6 +154,8 @@ class Availability(Settings):
             raise ValueError("availability.straggler_work changes nothing unless availability.stragglers is over 0")
         if (self.pattern == "trace") != bool(self.trace):
             raise ValueError("availability.pattern = trace and availability.trace = FILE go together")
+        if self.trace_hash and not self.trace:
+            raise ValueError("availability.trace_hash is of the file availability.trace: set that")
         return self
 
     def _usual(self, name: str) -> object:
@@ -182,8 +184,8 @@ class Execution(Settings):
     """Where and how trials run. Never part of the hash: no setting here may change a number."""
 
     hosts: Annotated[int, Field(ge=0, le=10**5)] = 0  # 0: train inline in the server
-    cpus_per_host: Positive = 1.0
-    cpus_per_server: Annotated[float, Field(ge=0)] | None = None  # None: see `server_cpus`
+    cpus_per_host: Annotated[float, Field(ge=1e-4, le=1e6)] = 1.0
+    cpus_per_server: Annotated[float, Field(ge=0, le=1e6)] | None = None  # None: see `server_cpus`
     gpus_per_host: Annotated[float, Field(ge=0)] = 0.0
     gpus_per_server: Annotated[float, Field(ge=0)] = 0.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -203,6 +205,13 @@ class Execution(Settings):
     def server_cpus(self) -> float:
         """Cores of the server: as set, else one when it trains itself and none when hosts do."""
         return float(self.hosts == 0) if self.cpus_per_server is None else self.cpus_per_server
+
+    @field_validator("cpus_per_server")
+    @classmethod
+    def _countable(cls, cpus: float | None) -> float | None:
+        if cpus and cpus < 1e-4:  # Ray counts in these
+            raise ValueError("must be 0, or 0.0001 or more")
+        return cpus
 
     @field_validator("gpus_per_host", "gpus_per_server")
     @classmethod

@@ -55,6 +55,8 @@ def check(model: type[Model], settings: Mapping[str, Any], prefix: str = "") -> 
 def unfit(key: str, error: Mapping[str, Any], annotation: Any, name: str = "") -> Unfit:
     """The refusal for pydantic's error, in the words of the field's annotation. name: what to call the key."""
     name, shown = name or key, _shown(error["input"])
+    if error["type"] == "value_error" and isinstance(error["input"], Mapping):
+        return Unfit(key, str(error["ctx"]["error"]))  # of a whole table: it names its settings itself
     if error["type"] == "value_error":
         return Unfit(key, f"{name} {error['ctx']['error']}, got {shown}")
     if error["type"] == "literal_error" and isinstance(error["input"], str):

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from harness import axes, cards, catalogue, config, nets, overrides, plots, registry
 from harness.data import card, load
@@ -36,7 +37,8 @@ def partition_page(trial: config.Trial, out: Path) -> None:
     page.print(f"  {'hash':24} {cut.digest}", highlight=False)
     _shade(page, cut.counts, about.class_names or tuple(map(str, range(about.classes))))
     try:
-        page.print(f"Heat map: {plots.partition_heatmap(cut.counts, title, out)}", soft_wrap=True, highlight=False)
+        drawn = plots.partition_heatmap(cut.counts, title, out)
+        page.print(f"Heat map: {drawn}", soft_wrap=True, highlight=False, markup=False)
     except OSError as problem:
         raise Refused(f"{out} can't be written: {problem.strerror or problem}; choose a place with --out") from None
 
@@ -120,7 +122,7 @@ def _sweeps(name: str | None) -> None:
     planned = axes.load_sweep(name)
     page = console()
     axes_named = ", ".join(planned.axes) or "none"
-    page.print(f"{name}: {planned.title}\n{_size(planned)}; axes: {axes_named}\n", highlight=False)
+    page.print(f"{name}: {planned.title}\n{_size(planned)}; axes: {axes_named}\n", highlight=False, markup=False)
     page.print(cards.find("sweeps", name).read_text(encoding="utf-8"), highlight=False, markup=False)
     return None
 
@@ -155,7 +157,7 @@ def _list(title: str, rows: Sequence[tuple[str, str]]) -> None:
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(show_edge=False, pad_edge=False)
     for column in header:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(column), overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console().print(table, markup=False)
+        table.add_row(*map(Text, row))  # names and defaults are somebody's, and no markup
+    console().print(table)

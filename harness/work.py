@@ -20,6 +20,7 @@ from harness.evaluate import Counts
 from harness.nets import build
 from harness.partitions import Split, divide, halves
 from harness.protocol import Algorithm, Visit, World
+from harness.refusal import Refused
 from harness.trees import Tree, numpy_stream
 
 Mixes = np.ndarray[Any, np.dtype[np.float64]]
@@ -182,6 +183,9 @@ def make_setup(
     split = divide(arrays.y_train, card(trial.dataset).classes, trial, arrays.domains_train)
     proxy = None
     if other is not None:
+        if trial.proxy.rows > len(other.y_train):
+            there = f"{trial.proxy.source} has {len(other.y_train)} training rows"
+            raise Refused(f"proxy.rows = {trial.proxy.rows} is more than there are: {there}")
         picked = np.sort(numpy_stream(trial.seed, "proxy").permutation(len(other.y_train))[: trial.proxy.rows])
         proxy = (other.x_train[picked], other.y_train[picked])
     elif len(split.proxy):
