@@ -44,7 +44,7 @@ ELSEWHERE = {
     "F18 a visit that hangs": "test_pool_faults.py::test_a_visit_that_hangs_is_given_again_once",
     "F19 out of order": "test_trial.py::test_the_order_of_completion_changes_no_number",
     "F20 two runs of one folder": "test_resume.py::test_two_runs_of_one_folder_are_kept_apart",
-    "F22 what a thousand rounds weigh": "test_books.py::test_a_page_weighs_little",
+    "F22 a thousand rounds": "test_memory.py::test_f22_a_thousand_rounds_leave_nothing_behind",
     "D1 twice the same": "test_trial.py::test_reusing_an_actor_changes_nothing",
     "D2 one, two or four hosts": "test_trial.py::test_the_number_of_hosts_changes_no_number",
     "D3 stopped after any round": "test_resume.py::test_stop_and_go_on_after_any_round",
