@@ -129,6 +129,18 @@ def sync(results: Annotated[Path, typer.Argument(help="a results folder")]) -> N
 
 
 @app.command()
+def verify(
+    results: Annotated[Path, typer.Argument(help="a results folder")],
+    rerun: Annotated[int, typer.Option(help="run so many finished trials again, and compare bit for bit")] = 0,
+    seed: Annotated[Optional[int], typer.Option(help="chooses those of --rerun; default: drawn")] = None,  # noqa: UP045
+) -> None:
+    """Check a results folder against itself, its data and MLflow; exit code 1 if anything disagrees."""
+    from harness.verify import verify as agrees
+
+    raise typer.Exit(not agrees(results, rerun, seed))
+
+
+@app.command()
 def partition(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="where the heat map goes")] = Path("partition.png"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import logging
@@ -80,6 +81,20 @@ def start(how: Execution, cells: Iterable[Trial] = ()) -> str:
     if there:
         _check_nodes(how)
     return told
+
+
+def stop() -> None:
+    """Ends the Ray of this process, or leaves the cluster.
+
+    A reference of Ray's that goes while Ray shuts down ends the whole process, and a collection of garbage may let
+    one go in any thread, such as MLflow's: so it is collected before, and not meanwhile.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        gc.enable()
 
 
 def machine() -> Node:

@@ -38,6 +38,18 @@ def give_back(results: Path) -> None:
         _TAKEN.pop(results).close()
 
 
+def in_use(results: Path) -> bool:
+    """Whether a process has the folder. Nothing is written."""
+    try:
+        with (results / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # such as no lock, because nobody has ever had it
+        return False
+    return False
+
+
 @contextmanager
 def held(results: Path) -> Iterator[None]:
     """Takes a folder for a block of code. Raises Refused as `take` does."""

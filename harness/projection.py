@@ -125,6 +125,11 @@ class Projection:
             self._parents[sweep] = [self._client.get_run(parents[-1].info.run_id)] if needed else []
         return Changes(len(behind), removed)
 
+    @property
+    def empty(self) -> bool:
+        """Whether MLflow has never heard of the folder."""
+        return not self._parents
+
     def differences(self) -> Iterator[tuple[str, str]]:
         """Trial id and what is wrong with its run, for every trial whose run is not what `reconcile` would leave."""
         rows = self._store.rows("trials")

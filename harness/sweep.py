@@ -73,7 +73,7 @@ def run(sweep: Sweep, results: Path, watcher: Watcher, fresh: bool = False) -> O
         outcome.problems += [source.problem for source in sources if source.problem]
     finally:
         if mine and ray.is_initialized():
-            ray.shutdown()
+            cluster.stop()
         problems = tracker.close() if tracker is not None else []
         lock.give_back(results)
     outcome.problems += problems

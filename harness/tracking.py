@@ -89,6 +89,12 @@ def tracking_uri(results: Path | str) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or default_uri(results)
 
 
+def file_behind(uri: str) -> Path | None:
+    """The SQLite file that a URI means, if it means one."""
+    path = uri.removeprefix("sqlite:///")
+    return Path(path) if path != uri else None
+
+
 def first_line(problem: Exception) -> str:
     """Of what an error says, short, without credentials."""
     return masked((str(problem).strip().splitlines() or [type(problem).__name__])[0])[:300]
@@ -96,8 +102,8 @@ def first_line(problem: Exception) -> str:
 
 def _put_aside(uri: str) -> list[str]:
     """Renames a database that is damaged, or was made in part only: MLflow would not start on it. Says so."""
-    path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or not path.is_file() or not (what := _fault(path)):
+    path = file_behind(uri)
+    if path is None or not path.is_file() or not (what := fault_of(path)):
         return []
     target = path.with_name(f".damaged-{path.name}")
     path.replace(target)
@@ -107,7 +113,7 @@ def _put_aside(uri: str) -> list[str]:
     return [f"{path} {what}: put aside as {target.name}; other results beside it need `fedstill sync` as well."]
 
 
-def _fault(database: Path) -> str:
+def fault_of(database: Path) -> str:
     """What is wrong with an SQLite file of MLflow's; empty if nothing is, or if that can't be told now."""
     try:
         with closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=rw", uri=True)) as opened:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,3 +311,20 @@ def test_a_sweep_ends_when_its_nodes_are_gone(unjoined: pytest.MonkeyPatch) -> N
     why = until(4000)
     assert why is not None and why.startswith("for 120 s there was no room for any trial: a trial needs 3 CPUs")
     assert 3100 < now[0] < 3140
+
+
+def test_no_reference_goes_while_ray_shuts_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only a collection of garbage takes away is gone before, and no thread collects meanwhile."""
+
+    class Knot:
+        pass
+
+    knot = Knot()
+    knot.itself = knot  # type: ignore[attr-defined]
+    there, seen = weakref.ref(knot), []
+    monkeypatch.setattr(ray, "shutdown", lambda: seen.append((there() is None, gc.isenabled())))
+    gc.disable()  # or it might be collected by chance
+    del knot
+    assert there() is not None
+    cluster.stop()
+    assert seen == [(True, False)] and gc.isenabled()

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import ast
 import errno
+import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,8 @@ from harness.axes import load_sweep
 from harness.checkpoint import Shelf, pack
 from harness.record import Store
 from harness.refusal import Refused
+from harness.tracking import sync
+from harness.verify import mlflow_agrees
 
 HERE = Path(__file__).parent
 ELSEWHERE = {
@@ -32,6 +39,8 @@ ELSEWHERE = {
     "F8 a read-only folder": "test_record.py::test_folders_that_can_not_serve_are_refused",
     "F11 MLflow down": "test_tracking.py::test_a_dead_server_is_a_message",
     "F11 MLflow slow": "test_tracking.py::test_a_slow_server_holds_nothing_up",
+    "F10 a torn table, told": "test_verify.py::test_a_torn_file_is_found_and_the_others_are_checked_all_the_same",
+    "F11 MLflow's database broken": "test_tracking.py::test_a_lost_or_broken_database_is_rebuilt_from_the_tables",
     "F12 an update that is not finite": "test_server.py::test_an_update_that_is_not_finite_can_be_skipped",
     "F13 a model that is not finite": "test_server.py::test_a_model_that_is_not_finite_ends_the_trial",
     "F14 clients of no row": "test_server.py::test_clients_without_rows_are_never_picked",
@@ -276,6 +285,111 @@ def test_f10_a_torn_table_is_put_aside_and_its_trial_runs_again(
     outcome = sweep.run(planned, tmp_path / "r", diary)
     assert outcome.done == 1 and any("damaged" in note for note in diary.notes)
     assert numbers(tmp_path / "r") == of_seed(numbers(alone), 0)
+
+
+@cluster
+def test_f10_a_torn_table_makes_verify_fail(tmp_path: Path, alone: Path) -> None:
+    """The command, as a user calls it: 0 for the folder as it was left, 1 with a line that names the file."""
+    results = shutil.copytree(alone, tmp_path / "r")
+
+    def verify() -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "harness.cli", "verify", str(results)]
+        return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+
+    assert verify().returncode == 0
+    file = next((results / "clients").glob("*.parquet"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    torn = verify()
+    assert torn.returncode == 1 and f"files: {file} is damaged" in torn.stdout, torn.stdout + torn.stderr
+
+
+class Mlflow:
+    """A real `mlflow server` on a port of this machine, with its database in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = int(free.getsockname()[1])
+        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Returns before it answers."""
+        words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        words += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
+        words += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with (self.folder / "server.log").open("a") as log:
+            # A group of its own, with the processes that it starts.
+            self.process = subprocess.Popen(words, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def wait(self) -> None:
+        end = time.monotonic() + 120
+        while not self.answers():
+            said = (self.folder / "server.log").read_text()
+            assert self.process.poll() is None and time.monotonic() < end, said
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mlflow]:
+    (tmp_path / "server").mkdir()
+    there = Mlflow(tmp_path / "server")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", there.uri)
+    there.start()
+    there.wait()
+    yield there
+    there.stop()
+
+
+@cluster
+@pytest.mark.long
+@pytest.mark.parametrize("back", ["in mid-sweep", "afterwards"])
+def test_f11_an_mlflow_server_that_is_stopped_and_started_again(
+    tmp_path: Path, server: Mlflow, diary_of: Any, back: str
+) -> None:
+    """Six trials; the server goes with the second and comes back with the fourth, or when the sweep is over."""
+    path = card(tmp_path, seeds=6)
+    sweep.run(load_sweep(path), tmp_path / "alone", diary_of())
+    path.write_text(path.read_text().replace("mlflow = false\n", ""))
+
+    class Saboteur(diary_of):  # type: ignore[misc, valid-type]
+        def end(self, trial: config.Trial, row: Any) -> None:
+            super().end(trial, row)
+            if len(self.ended) == 2:
+                server.stop()
+                assert not server.answers()
+            if len(self.ended) == 4 and back == "in mid-sweep":
+                server.start()
+                server.wait()
+
+    outcome = sweep.run(load_sweep(path), tmp_path / "r", Saboteur())
+    assert (outcome.done, outcome.failed) == (6, 0)
+    assert numbers(tmp_path / "r") == numbers(tmp_path / "alone")
+    if back == "in mid-sweep":
+        assert outcome.problems == []
+    else:
+        (problem,) = outcome.problems
+        assert server.uri in problem and "fedstill sync" in problem
+        with pytest.raises(Refused, match="can't be brought up to date"):
+            sync(tmp_path / "r")
+        server.start()
+        server.wait()
+        again = sweep.run(load_sweep(path), tmp_path / "r", diary_of())
+        assert (again.already, again.done, again.problems) == (6, 0, [])
+    mirrored = mlflow_agrees(Store(tmp_path / "r", writable=False))
+    assert (mirrored.looked, mirrored.faults, dict(mirrored.left)) == (6, [], {})
+    assert sync(tmp_path / "r")[-1].endswith(": 0 runs written, 0 removed.")
 
 
 @cluster

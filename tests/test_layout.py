@@ -28,7 +28,7 @@ ORDER = """
     desk population ledger portrait projection tracking scribe referee errands sweep
     places inference metrics cells caveats statistics verdicts tables sheets typeset plots diagrams board
     series arrangement views scores gallery page live
-    terminal progress catalogue watch rig probes check show cli
+    terminal progress catalogue watch rig probes check show claims audit repeat verify cli
 """.split()  # noqa: SIM905
 ONLY_IN = {
     "ray": {"actors", "pool", "archive", "trial", "cluster", "scribe", "referee", "errands", "sweep"},
