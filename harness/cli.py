@@ -30,11 +30,8 @@ Results = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="folder for trials/, rounds/ and clients/; default results/<sweep's name>"),
 ]
-
 Fresh = Annotated[bool, typer.Option("--fresh", help="throw away what this sweep has left there, and start over")]
-Drift = Annotated[
-    bool, typer.Option("--allow-drift", help="go on from checkpoints of other package versions; the row says so")
-]
+Drift = Annotated[bool, typer.Option("--allow-drift", help="go on from checkpoints of other versions, and say so")]
 
 
 @app.command()

@@ -81,7 +81,10 @@ def sync(results: Path) -> list[str]:
             raise
         except Exception as problem:
             raise Refused(f"MLflow at {masked(uri)} can't be brought up to date: {first_line(problem)}") from None
-    return [*aside, f"MLflow at {masked(uri)}: {done.written} runs written, {done.removed} removed."]
+    return [
+        *aside,
+        f"MLflow at {masked(uri)}: {done.written} run{'s' * (done.written != 1)} written, {done.removed} removed.",
+    ]
 
 
 def tracking_uri(results: Path | str) -> str:

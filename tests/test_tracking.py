@@ -283,7 +283,8 @@ def test_each_sweep_of_a_folder_has_its_own_parent_and_each_trial_one_run(store:
 
 
 def line(store: Store, written: int, removed: int) -> str:
-    return f"MLflow at {default_uri(store.path)}: {written} runs written, {removed} removed."
+    runs = "1 run" if written == 1 else f"{written} runs"
+    return f"MLflow at {default_uri(store.path)}: {runs} written, {removed} removed."
 
 
 def seen(store: Store) -> list[Any]:
@@ -404,7 +405,7 @@ def test_folders_of_one_name_keep_their_runs_apart_on_a_server(
     folders = [Store(tmp_path / user / "quick") for user in ("ann", "bob")]
     for number, folder in enumerate(folders):
         commit(folder, "aa", seed=number)
-    for expected in ("1 runs written, 0 removed.", "0 runs written, 0 removed."):
+    for expected in ("1 run written, 0 removed.", "0 runs written, 0 removed."):
         assert [sync(folder.path)[-1].rpartition(": ")[2] for folder in folders] == [expected] * 2
     moved = Store(folders[0].path.rename(tmp_path / "quick"))
     assert sync(moved.path)[-1].endswith("0 runs written, 0 removed.")
