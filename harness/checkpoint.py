@@ -93,7 +93,10 @@ class Shelf:
         """The newest good one, if there is any, and a warning for each that is damaged."""
         warnings: list[str] = []
         for file in self._files(trial_id):
-            content = file.read_bytes()
+            try:
+                content = file.read_bytes()
+            except FileNotFoundError:  # whoever runs the sweep has just dropped it
+                continue
             named = NAME.fullmatch(file.name)
             if named and hashlib.sha256(content).hexdigest() == named[2]:
                 return content, warnings

@@ -63,6 +63,23 @@ def run(
 
 
 @app.command()
+def plan(
+    card: Annotated[str, typer.Argument(help="a shipped card (fedstill show sweeps) or a .toml file")],
+    overrides: Overrides = None,
+    results: Results = None,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="try a few rounds out, for at most a minute")
+    ] = True,
+) -> None:
+    """Say what a sweep would do here and about what it would take: trials, time, rows, bytes. Nothing is written."""
+    from harness.axes import load_sweep
+    from harness.preview import preview
+
+    planned = load_sweep(card, overrides or [])
+    preview(planned, (results or Path("results") / planned.name).resolve(), probe)
+
+
+@app.command()
 def check(
     method: Annotated[str, typer.Argument(help="a method (fedstill show methods) or a path to its .py file")],
     overrides: Overrides = None,

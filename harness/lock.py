@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from typing import IO
 
 from harness.refusal import Refused
 
+LOOK_S = 0.05
 _TAKEN: dict[Path, IO[str]] = {}  # open files hold the locks
 
 
@@ -20,7 +22,7 @@ def take(results: Path) -> None:
     """Takes a folder for this process until it gives it back or ends. Raises Refused if another one has it."""
     file = (results / ".lock").open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "another process"
@@ -32,6 +34,19 @@ def take(results: Path) -> None:
     _TAKEN[results] = file
 
 
+def holder(results: Path) -> str:
+    """Who has a folder now, in words; empty: nobody. Nothing is written, and nobody is kept out for longer."""
+    try:
+        with (results / ".lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    except OSError:
+        pass
+    return ""
+
+
 def give_back(results: Path) -> None:
     """Lets others have the folder. Does nothing if this process has not taken it."""
     if results in _TAKEN:
@@ -40,14 +55,16 @@ def give_back(results: Path) -> None:
 
 def in_use(results: Path) -> bool:
     """Whether a process has the folder. Nothing is written."""
+    return bool(holder(results))
+
+
+def _lock(file: IO[str]) -> None:
+    """Tries twice: somebody may just be asking who has it."""
     try:
-        with (results / ".lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
-    except OSError:  # such as no lock, because nobody has ever had it
-        return False
-    return False
+        time.sleep(LOOK_S)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager

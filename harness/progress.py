@@ -123,7 +123,7 @@ class Display:
         (since, before), done = self.first, self._rounds_done
         if done <= before or done >= self.rounds:
             return ""
-        return f"about {_duration((time.monotonic() - since) / (done - before) * (self.rounds - done))} left"
+        return f"about {duration((time.monotonic() - since) / (done - before) * (self.rounds - done))} left"
 
     def _counts(self) -> str:
         return f"{self.ended}/{self.todo} trials done, {len(self.running)} running, {self.failed} failed"
@@ -156,7 +156,8 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In words."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

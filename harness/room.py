@@ -35,9 +35,9 @@ def check_room(how: Execution, nodes: Sequence[Node]) -> None:
     if device_of(how) == "cuda" and not any(b.get("GPU") for b in wanted):
         raise Refused("execution.device = 'cuda' needs gpus_per_host (or gpus_per_server) greater than 0")
     if not _fits(server, hosts, nodes):
-        each = f" and {_amount(hosts[0])} for each of {how.hosts} hosts" if hosts else ""
+        each = f" and {amount(hosts[0])} for each of {how.hosts} hosts" if hosts else ""
         raise Refused(
-            f"a trial needs {_amount(server)} for its server{each}, none of them split between nodes, but there are "
+            f"a trial needs {amount(server)} for its server{each}, none of them split between nodes, but there are "
             f"{listed(nodes)}: lower execution.cpus_per_host, gpus_per_host, cpus_per_server or gpus_per_server"
         )
 
@@ -74,13 +74,14 @@ def beside(node: Node, server: Node, host: Node) -> float:
     return min(by_cpu, by_gpu)
 
 
-def _amount(what: Node) -> str:
+def amount(what: Node) -> str:
+    """Resources in words: "2 CPUs and 0.5 GPUs"."""
     kinds = ("CPU", "GPU") if what.get("GPU") else ("CPU",)
     return " and ".join(f"{what.get(kind, 0.0):g} {kind}s" for kind in kinds)
 
 
 def listed(nodes: Sequence[Node]) -> str:
     """Nodes in words: "2 nodes with 4 CPUs, 1 node with 8 CPUs and 1 GPUs"."""
-    kinds = Counter(_amount(node) for node in nodes)
+    kinds = Counter(amount(node) for node in nodes)
     found = [f"{count} node{'s' * (count > 1)} with {amount}" for amount, count in kinds.items()]
     return ", ".join(found) or "no nodes"

@@ -64,6 +64,11 @@ def locate(source: Source, folder: Path | None, download: bool) -> Path:
     return found
 
 
+def to_download(source: Source, folder: Path | None) -> bool:
+    """Whether the files are not there, and `locate` would download them."""
+    return bool(source.files and source.download) and _find(source, folder) is None
+
+
 def entries(source: Source, found: Path) -> Iterator[tuple[str, str, bytes]]:
     """Every file that the card needs, checked: (its key in `files`, its path below that key, its unpacked bytes)."""
     if found.is_dir():

@@ -24,6 +24,7 @@ from harness.config import Execution, Trial, trial_id
 from harness.data import Arrays, card, load
 from harness.desk import Book, Desk, Grid, Hunt, Job, Source
 from harness.errands import Errands
+from harness.ledger import Ledger
 from harness.population import Population
 from harness.record import Store, flatten
 from harness.referee import Referee
@@ -50,25 +51,25 @@ def run(sweep: Sweep, results: Path, watcher: Watcher, fresh: bool = False) -> O
     how, mine, tracker, outcome = sweep.execution, not ray.is_initialized(), None, Outcome(results)
     try:
         if mine and cluster.address(how):
-            watcher.note(cluster.start(how, _cells(sweep)))
+            watcher.note(cluster.start(how, known_cells(sweep)))
         cluster.check_room(how, cluster.supply())
         store = _opened(results) if results.exists() else None
         for note in store.quarantine() if store is not None else ():  # first: what is damaged runs again
             watcher.note(note)
-        sets = _check_data(_cells(sweep) if fresh else _undone(sweep, results), how)
+        sets = check_data(known_cells(sweep) if fresh else undone(sweep, results), how)
         store = store or _opened(results)
         for note in (*(_discard(sweep, store) if fresh else ()), *_strangers(sweep, store)):
             watcher.note(note)
         tracker = Tracker(None, sweep.name, results) if how.mlflow else None
         scribe = Scribe(sweep, store, tracker, watcher, outcome, sets)
-        sources = _sources(sweep, scribe)
+        sources = sources_of(sweep, scribe)
         scribe.desk = Desk(sources, how.parallel, how.retries)
-        _check_drift(sweep, scribe)
+        check_drift(sweep, scribe.ledger)
         trials, rounds = scribe.desk.expected()
         outcome.already = sum(source.found for source in sources)
         watcher.begin(trials, rounds, outcome.already)
         if not scribe.desk.over:
-            cluster.start(how, _cells(sweep))
+            cluster.start(how, known_cells(sweep))
             _tune(sweep, sets, scribe)
         outcome.problems += [source.problem for source in sources if source.problem]
     finally:
@@ -87,22 +88,22 @@ def _opened(results: Path) -> Store:
     return store
 
 
-def _cells(sweep: Sweep) -> list[Trial]:
+def known_cells(sweep: Sweep) -> list[Trial]:
     """Every cell that is known ahead, and one for each group of a search."""
     groups = sweep.search.groups if sweep.search is not None else ()
     return [*sweep.cells, *(group.prototype for group in groups)]
 
 
-def _undone(sweep: Sweep, results: Path) -> list[Trial]:
+def undone(sweep: Sweep, results: Path) -> list[Trial]:
     """The cells whose data will be needed. What is there is only read."""
     if sweep.search is not None or not results.exists():
-        return _cells(sweep)
+        return known_cells(sweep)
     rows = Store(results, writable=False).rows("trials")
     over = {row["trial_id"] for row in rows if final(row["status"], row["reason"] or "", "")}
     return [cell for cell in sweep.cells if trial_id(cell) not in over]
 
 
-def _sources(sweep: Sweep, book: Book) -> list[Source]:
+def sources_of(sweep: Sweep, book: Book) -> list[Source]:
     """The grid of a sweep, and a hunt or a population for every group of its search."""
     plan = sweep.search
     sources: list[Source] = [Grid([Job(cell, cell.rounds, "final" if plan else "") for cell in sweep.cells], book)]
@@ -137,22 +138,24 @@ def _strangers(sweep: Sweep, store: Store) -> list[str]:
     return [f"{len(rows)} rows of other settings stay in {store.path} (such as {said}): --fresh throws them away"]
 
 
-def _check_drift(sweep: Sweep, scribe: Scribe) -> None:
+def check_drift(sweep: Sweep, ledger: Ledger) -> None:
     """Refuses to go on from checkpoints of another torch, say: the numbers would be those of neither."""
     for cell in sweep.cells if not sweep.execution.allow_drift else ():
-        content = scribe.ledger.content(trial_id(cell))
+        content = ledger.content(trial_id(cell))
         changed = drift(unpack(content)["made_by"], versions()) if content is not None else None
         if changed:
             raise Refused(f"trial {trial_id(cell)}: {DRIFTED}: {changed}; {WAYS_ON}")
 
 
-def _check_data(cells: Sequence[Trial], how: Execution) -> dict[str, Arrays]:
+def check_data(cells: Sequence[Trial], how: Execution, download: bool = True) -> dict[str, Arrays]:
     """The data sets of the cells; also deals them out once per setting, so that impossible ones are refused here."""
     folder = Path(how.data) if how.data else None
     if folder is not None and not folder.is_dir():
         raise Refused(f"execution.data = {how.data!r} is not a folder: give the one that the data sets lie in")
     wanted = [name for cell in cells for name in (cell.dataset, cell.proxy.source)]
-    sets = {name: load(card(name), folder) for name in dict.fromkeys(wanted) if name not in ("none", "train")}
+    sets = {
+        name: load(card(name), folder, download) for name in dict.fromkeys(wanted) if name not in ("none", "train")
+    }
     settings = {json.dumps([cell.dataset, *_deal(cell)]): cell for cell in reversed(cells)}
     for cell in settings.values():
         make_setup(cell, sets[cell.dataset], sets.get(cell.proxy.source))
@@ -164,14 +167,14 @@ def _deal(cell: Trial) -> list[Any]:
     return [cell.clients, *(part.model_dump() for part in (cell.partition, cell.holdout, cell.proxy, cell.fleet))]
 
 
-def _traces(cells: Sequence[Trial]) -> set[tuple[str, int]]:
+def traces_of(cells: Sequence[Trial]) -> set[tuple[str, int]]:
     return {(cell.availability.trace, cell.clients) for cell in cells if cell.availability.trace}
 
 
 def _tune(sweep: Sweep, sets: Mapping[str, Arrays], scribe: Scribe) -> None:
     how, plan, archive = sweep.execution, sweep.search, Archive()
     arrays = {name: ray.put(own) for name, own in sets.items()}
-    traces = {path: read_trace(path, clients)[0] for path, clients in _traces(_cells(sweep))}
+    traces = {path: read_trace(path, clients)[0] for path, clients in traces_of(known_cells(sweep))}
     data = {"execution": how.model_dump(mode="json"), "arrays": arrays, "archive": archive.address, "traces": traces}
     # As many trials as there is room for are asked for ahead: Tune would start a large cluster one by one.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once(how, cluster.supply(), MOST_PENDING))

@@ -24,11 +24,11 @@ ORDER = """
     space plan searches axes
     formats text sources data deals partitions batches fit evaluate
     work host books checkpoint scoring server actors pool archive trial
-    room cluster
-    desk population ledger portrait projection tracking scribe referee errands sweep
+    tryout lanes room cluster
+    desk population ledger portrait projection tracking scribe referee errands sweep costs outlook
     places inference metrics cells caveats statistics verdicts tables sheets typeset plots diagrams board
     series arrangement views scores gallery page live
-    terminal progress catalogue watch rig probes check show claims audit repeat verify cli
+    terminal progress catalogue watch rig probes check show preview claims audit repeat verify cli
 """.split()  # noqa: SIM905
 ONLY_IN = {
     "ray": {"actors", "pool", "archive", "trial", "cluster", "scribe", "referee", "errands", "sweep"},

@@ -112,4 +112,4 @@ def test_a_file_is_not_folded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")]
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert progress._duration(seconds) == text
+    assert progress.duration(seconds) == text
