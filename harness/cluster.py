@@ -97,20 +97,6 @@ def stop() -> None:
         gc.enable()
 
 
-@contextmanager
-def visited(how: Execution, cells: Iterable[Trial] = ()) -> Iterator[str]:
-    """The cluster that a sweep would join, to look at; where it would start a Ray, nothing is started.
-
-    Yields what the user should know of it.
-    """
-    mine = not ray.is_initialized()
-    try:
-        yield start(how, cells) if mine and address(how) else ""
-    finally:
-        if mine and ray.is_initialized():
-            stop()
-
-
 def machine() -> Node:
     """What a local Ray would find here."""
     import torch

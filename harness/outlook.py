@@ -30,7 +30,7 @@ from harness.registry import label
 from harness.room import Node, at_once
 from harness.sources import to_download
 from harness.summary import final
-from harness.sweep import check_data, check_drift, known_cells, sources_of, traces_of
+from harness.sweep import check_data, check_drift, known_cells, sources_of, traces_of, visited
 from harness.trial import device_of
 from harness.tryout import Sample, Task
 from harness.work import Setup, make_setup
@@ -119,7 +119,7 @@ def look(sweep: Sweep, results: Path, trying: bool = True) -> Outlook:
     """
     how = sweep.execution
     notes: list[str] = []
-    with cluster.visited(how, known_cells(sweep)) as told:
+    with visited(how, known_cells(sweep)) as told:
         nodes = cluster.supply()
         cluster.check_room(how, nodes)
     with _tables(results, notes) as store:

@@ -7,7 +7,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,20 @@ def _opened(results: Path) -> Store:
     store = Store(results)
     lock.take(results)
     return store
+
+
+@contextmanager
+def visited(how: Execution, cells: Iterable[Trial] = ()) -> Iterator[str]:
+    """The cluster that a sweep would join, to look at; where it would start a Ray, nothing is started.
+
+    Yields what the user should know of it.
+    """
+    mine = not ray.is_initialized()
+    try:
+        yield cluster.start(how, cells) if mine and cluster.address(how) else ""
+    finally:
+        if mine and ray.is_initialized():
+            cluster.stop()
 
 
 def known_cells(sweep: Sweep) -> list[Trial]:
