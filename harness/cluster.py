@@ -38,6 +38,7 @@ LOOK_S = 10.0
 PATIENCE_S = 120.0
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the tables are ours
+    "TUNE_GLOBAL_CHECKPOINT_S": str(10**9),  # nor is its own state of use: it would grow with every trial
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep, and the next command goes on
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "0",

@@ -108,6 +108,7 @@ class Scribe(tune.Callback):
         self.lookout: Callable[[bool], str | None] = lambda running: None  # says why nothing more can run
         self.trouble: OSError | None = None  # a row that could not be written
         self._running: set[str] = set()  # by Tune's id
+        self._ended: list[Any] = []  # of Tune's trials, since the last step
         self._drafts: dict[str, bytes] = {}  # the last tables of those that a search watches, by Tune's id
         self._events: defaultdict[str, list[Row]] = defaultdict(list)  # that trials can't know of, by trial id
 
@@ -116,6 +117,10 @@ class Scribe(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         """Ends a sweep that has lost the room for its trials. Raises Refused."""
+        for ended in self._ended:  # Tune would hold statistics of every number of every trial to the end
+            ended.run_metadata.metric_analysis.clear()
+            ended.run_metadata.metric_n_steps.clear()
+        self._ended.clear()
         if (why := self.lookout(bool(self._running))) is not None:
             raise Refused(why)
 
@@ -142,6 +147,7 @@ class Scribe(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Books a trial that a rule has stopped; all others are booked by now."""
+        self._ended.append(trial)
         if trial.trial_id in self.jobs:
             rule = self.sweep.search.how.scheduler if self.sweep.search else "a rule"
             self._end(trial.trial_id, f"stopped by {rule} after round {{rounds_done}} of {{rounds}}")
