@@ -78,7 +78,7 @@ def refused(told: tuple[int, str, str], *parts: str) -> str:
 
 MISUSE = [
     # names that do not exist: what there is, and the nearest
-    ("swep quickstart", "unknown command 'swep'", "Did you mean 'sweep'?", "partition, run, show"),
+    ("swep quickstart", "unknown command 'swep'", "Did you mean 'sweep'?", "partition, plan, run, show"),
     ("sweep quickstrat", "unknown sweeps card", "Did you mean 'quickstart'?"),
     ("sweep nowhere.toml", "no sweeps card at 'nowhere.toml'", "quickstart"),
     ("run fedavgg", "unknown method 'fedavgg'", "Did you mean 'fedavg'?", "scaffold"),
