@@ -34,7 +34,7 @@ def hyper_fields(method: str) -> dict[str, tuple[Any, Any]]:
     algorithm = registry.load(method)
     try:
         hints = get_type_hints(algorithm, include_extras=True)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Refused(f"method {registry.label(method)}: its annotations can't be read: {_said(error)}") from error
     defaults = {
         f.name: f.default if f.default_factory is MISSING else f.default_factory()
@@ -86,7 +86,7 @@ def _check_made(method: str, values: Mapping[str, Any]) -> None:
         needs = registry.make(method, values).needs
     except Refused as error:
         raise Unfit("hyper", f"method {label}: {error}") from error
-    except Exception as error:  # what a method throws is its own affair, but no crash
+    except (Exception, SystemExit) as error:  # what a method throws is its own affair, but no crash
         raise Unfit("hyper", f"method {label} can't be made: {_said(error)}") from error
     if not isinstance(needs, frozenset):
         raise Unfit("method", f"method {label}: needs must be a frozenset of {', '.join(NEEDS)}, got {needs!r:.80}")
@@ -101,5 +101,5 @@ def _plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | str)
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

@@ -58,6 +58,8 @@ ELSEWHERE = {
     "D2 one, two or four hosts": "test_trial.py::test_the_number_of_hosts_changes_no_number",
     "D3 stopped after any round": "test_resume.py::test_stop_and_go_on_after_any_round",
     "D4 the order of completion": "test_trial.py::test_the_order_of_completion_changes_no_number",
+    "D5 MLflow": "test_faults.py::test_d5_mlflow_moves_no_number",
+    "D5 evaluations": "test_faults.py::test_d5_an_evaluation_moves_no_number_of_the_training",
 }
 CLOCKS = {"seconds", "server_seconds", "started", "peak_memory_bytes", "hosts", "time", "sweep", "commit", "clean"}
 CARD = """
@@ -416,6 +418,29 @@ def test_f25_a_checkpoint_of_another_torch_is_refused_unless_that_is_allowed(
     sweep.run(load_sweep(card(tmp_path), ["allow_drift=true"]), tmp_path / "r", diary)
     (row,) = Store(tmp_path / "r").rows("trials")
     assert row["status"] == "done" and row["drift"].startswith("torch was 1.0, is ")
+
+
+@cluster
+def test_d5_mlflow_moves_no_number(tmp_path: Path, alone: Path, diary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    outcome = sweep.run(load_sweep(card(tmp_path), ["mlflow=true"]), tmp_path / "r", diary)
+    assert (outcome.done, outcome.problems) == (1, []) and (tmp_path / "mlflow.db").exists()
+    assert numbers(tmp_path / "r") == of_seed(numbers(alone), 0)
+
+
+@cluster
+def test_d5_an_evaluation_moves_no_number_of_the_training(tmp_path: Path, alone: Path, diary: Any) -> None:
+    """Every fifth round instead of each, towards other targets, in other batches: what is measured is the same."""
+    words = ["every=5", "targets=[0.2,0.4]", "evaluation.batch=50"]
+    sweep.run(load_sweep(card(tmp_path), words), tmp_path / "r", diary)
+    mine, theirs = numbers(tmp_path / "r"), of_seed(numbers(alone), 0)
+    bare = [{k: v for k, v in row.items() if k != "trial_id"} for row in (*mine["clients"], *theirs["clients"])]
+    assert len(bare) == 2 * 3 * 12 and bare[:36] == bare[36:]
+    costs = ("round", "role", "up_bytes", "down_bytes", "steps", "server_steps", "samples")
+    assert [[r[k] for k in costs] for r in mine["rounds"]] == [[r[k] for k in costs] for r in theirs["rounds"]]
+    seen = [(row["round"], row["accuracy"]) for row in mine["rounds"] if row["accuracy"] is not None]
+    assert [round for round, _ in seen] == [4, 9, 11]
+    assert set(seen) <= {(row["round"], row["accuracy"]) for row in theirs["rounds"]}
 
 
 @cluster

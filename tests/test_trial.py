@@ -102,7 +102,7 @@ def inline(cluster: None, tmp_path_factory: pytest.TempPathFactory, diary_of: Ca
     return found
 
 
-@pytest.mark.parametrize("hosts", [1, 2])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_the_number_of_hosts_changes_no_number(tmp_path: Path, inline: Inline, diary: Any, hosts: int) -> None:
     """Nor does the order of the trials, which is turned round here; their hosts are reused, too."""
     tables = run(tmp_path, diary, METHODS[::-1], f"hosts={hosts}", *SHORT)
