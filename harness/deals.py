@@ -141,11 +141,11 @@ _RULES: dict[str, Callable[[Ints, int, Partition, np.random.Generator], Ints]] =
 
 
 def _redraw(draw: Callable[[], Ints | None], least: int, how: Partition, clients: int, rows: Ints) -> Ints:
-    best = 0
+    best, least = 0, max(1, least)  # nobody is left without any
     for _ in range(REDRAWS):
         counts = draw()
         smallest = int(counts.sum(axis=1).min()) if counts is not None else 0
-        if counts is not None and smallest >= max(1, least):
+        if counts is not None and smallest >= least:
             return counts
         best = max(best, smallest)
     raise _unreachable(

@@ -32,8 +32,8 @@ from harness.verify import mlflow_agrees
 
 HERE = Path(__file__).parent
 ELSEWHERE = {
-    "F1 a host killed": "test_trial.py::test_a_killed_host_changes_no_number",
-    "F2 every host killed": "test_pool_faults.py::test_a_visit_that_kills_every_host_fails",
+    "F1 a host killed": "test_faults_in_rounds.py::test_hosts_that_are_killed_change_no_number",
+    "F2 every host killed": "test_faults_in_rounds.py::test_hosts_that_are_killed_change_no_number",
     "F4 the driver killed": "test_resume.py::test_a_driver_that_is_killed_goes_on_from_the_checkpoint",
     "F6 signals": "test_sweep.py::test_ctrl_c_keeps_what_has_ended_and_the_same_command_goes_on",
     "F8 a read-only folder": "test_record.py::test_folders_that_can_not_serve_are_refused",
@@ -54,6 +54,15 @@ ELSEWHERE = {
     "F19 out of order": "test_trial.py::test_the_order_of_completion_changes_no_number",
     "F20 two runs of one folder": "test_resume.py::test_two_runs_of_one_folder_are_kept_apart",
     "F22 a thousand rounds": "test_memory.py::test_f22_a_thousand_rounds_leave_nothing_behind",
+    "F8 a folder that vanishes": "test_faults_in_rounds.py::test_f8_a_folder_that_vanishes_ends_the_sweep",
+    "F12 in a sweep": "test_faults_in_rounds.py::test_f12_an_update_that_is_not_finite_fails_the_trial",
+    "F13 in a sweep": "test_faults_in_rounds.py::test_f13_a_model_that_is_not_finite_is_a_result",
+    "F14 in a sweep": "test_faults_in_rounds.py::test_f14_clients_of_a_few_rows_and_of_one_class",
+    "F15 in a sweep": "test_faults_in_rounds.py::test_f15_rounds_from_which_nothing_comes_back_fail_the_trial",
+    "F16, F17 in a sweep": "test_faults_in_rounds.py::test_a_host_short_of_memory_is_spared_and_no_number_changes",
+    "F18 in a sweep": "test_faults_in_rounds.py::test_f18_a_visit_that_hangs_is_given_to_another_host",
+    "F19 in a sweep": "test_faults_in_rounds.py::test_f19_stragglers_change_no_number",
+    "F24 what clients say": "test_faults_in_rounds.py::test_f15_rounds_from_which_nothing_comes_back_fail_the_trial",
     "D1 twice the same": "test_trial.py::test_reusing_an_actor_changes_nothing",
     "D2 one, two or four hosts": "test_trial.py::test_the_number_of_hosts_changes_no_number",
     "D3 stopped after any round": "test_resume.py::test_stop_and_go_on_after_any_round",
