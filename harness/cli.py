@@ -117,7 +117,9 @@ def board(
     if not serve and port is not None:
         raise Refused("--port is where --serve shows the page: give both, or neither")
     if not serve:
-        return _print_board(results, metric, baseline, out)
+        from harness.printout import print_board
+
+        return print_board(results, metric, baseline, out)
     if metric != "accuracy_last10" or out is not None:
         raise Refused("--serve writes nothing and shows every metric: leave --metric and --out out")
     from harness.live import PORT
@@ -137,9 +139,10 @@ def compact(results: Annotated[Path, typer.Argument(help="a results folder")]) -
 @app.command()
 def sync(results: Annotated[Path, typer.Argument(help="a results folder")]) -> None:
     """Rebuild what MLflow shows of a results folder from its tables, as far as it differs from them."""
+    from harness.printout import exhibit
     from harness.tracking import sync as bring
 
-    print(*bring(results), sep="\n")
+    print(*bring(results), *exhibit(results), sep="\n")
 
 
 @app.command()
@@ -184,6 +187,7 @@ def _drift(allowed: bool) -> list[str]:
 
 
 def _run(planned: Sweep, results: Path | None, fresh: bool) -> None:
+    from harness.printout import exhibit, print_board
     from harness.progress import Display, console
     from harness.sweep import run as run_cells
 
@@ -198,45 +202,12 @@ def _run(planned: Sweep, results: Path | None, fresh: bool) -> None:
             raise
     for problem in outcome.problems:
         out.print(problem, style="yellow", highlight=False, markup=False)
-    _print_board(folder, "accuracy_last10")
+    print_board(folder, "accuracy_last10")
+    for problem in exhibit(folder) if outcome.tracked else ():
+        out.print(problem, style="yellow", highlight=False, markup=False)
     if outcome.failed:
         out.print(f"Trials that failed: {outcome.failed}. The reasons are above and in the table of trials.")
         raise typer.Exit(1)
-
-
-def _print_board(results: Path, metric: str, baseline: str | None = None, to: Path | None = None) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from harness import board as boards
-    from harness import page, tables
-    from harness.terminal import console
-
-    board, out = boards.read(results, metric, baseline), console()
-    found, written = board.first, boards.write(board, to)
-    out.print(found.title, style="bold", highlight=False, markup=False)
-    for title, lines in (
-        ("method", tables.matrix(found)),
-        (f"difference to {found.baseline.name}" if found.baseline else "", tables.differences(found)),
-        ("over all settings", tables.overall(found)),
-        ("beside published numbers", tables.beside([one for one in board.beside if one.cell])),
-    ):
-        if lines:
-            grid = Table(show_edge=False, pad_edge=False)
-            grid.add_column(Text(title), no_wrap=True)
-            for column in lines[0][1:]:
-                grid.add_column(Text(column), justify="right")
-            for line in lines[1:]:
-                grid.add_row(*map(Text, line))
-            out.print(grid, "")
-    absent = sum(one.cell is None for one in board.beside)
-    beside = f"{absent} published values of the same sources were not run here: see published.csv." if absent else ""
-    for note in filter(None, (tables.ranks(found), *found.notes, beside)):
-        out.print(f"- {note}", highlight=False, markup=False)
-    names = ", ".join(
-        path.name for path in (*written, page.write(results, baseline, to), *(boards.draw(board, to) if to else ()))
-    )
-    out.print(f"Written to {to or results}: {names}", highlight=False, markup=False, soft_wrap=True)
 
 
 _ended_by: list[int] = []  # signals other than Ctrl-C

@@ -94,6 +94,7 @@ class Projection:
             run_name=f"{trial['method']} seed={trial.get('seed')} {trial_id}",
         )
         self._log(run.info.run_id, trial, rounds, start)
+        self._name_data(run.info.run_id, trial)
         # The digest comes when all else is there, the status last: a run cut short is recognised by either.
         self._client.set_tag(run.info.run_id, "fedstill.digest", digest)
         end = start + int(1000 * (trial.get("seconds") or 0))
@@ -124,6 +125,12 @@ class Projection:
                 self._client.set_terminated(parents[-1].info.run_id)
             self._parents[sweep] = [self._client.get_run(parents[-1].info.run_id)] if needed else []
         return Changes(len(behind), removed)
+
+    def attach(self, files: Sequence[Path]) -> None:
+        """Gives every parent run these files as artifacts, in place of those of the same names."""
+        for parents in self._parents.values():
+            for file in files if parents else ():
+                self._client.log_artifact(parents[-1].info.run_id, str(file))
 
     @property
     def empty(self) -> bool:
@@ -203,6 +210,15 @@ class Projection:
         metrics = [Metric(*point) for point in portrait.metrics(trial, rounds, start)]
         for at in range(0, len(metrics), BATCH):
             self._client.log_batch(run_id, metrics=metrics[at : at + BATCH])
+
+    def _name_data(self, run_id: str, trial: Row) -> None:
+        """The data set as MLflow's own input of a run, with what the deal made of it."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        told = portrait.data(trial)
+        if told is not None:
+            tag = InputTag("mlflow.data.context", "training")
+            self._client.log_inputs(run_id, [DatasetInput(Dataset(**told), [tag])])
 
 
 def default_uri(results: Path | str) -> str:

@@ -64,6 +64,7 @@ class Outcome:
     failed: int = 0
     stopped: int = 0
     already: int = 0
+    tracked: bool = False  # whether MLflow has all of it
     problems: list[str] = field(default_factory=list)
 
 

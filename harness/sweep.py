@@ -79,6 +79,7 @@ def run(sweep: Sweep, results: Path, watcher: Watcher, fresh: bool = False) -> O
         problems = tracker.close() if tracker is not None else []
         lock.give_back(results)
     outcome.problems += problems
+    outcome.tracked = tracker is not None and not problems
     return outcome
 
 

@@ -87,6 +87,18 @@ def sync(results: Path) -> list[str]:
     ]
 
 
+def attach(results: Path, files: Sequence[Path]) -> list[str]:
+    """Gives the runs of a folder's sweeps these files as artifacts. Returns what went wrong."""
+    uri = tracking_uri(results)
+    try:
+        Projection(uri, None, Store(results, writable=False)).attach(files)
+    except Exception as problem:
+        return [
+            f"MLflow at {masked(uri)} lacks the leaderboard: {first_line(problem)}; try `fedstill sync {results}`"
+        ]
+    return []
+
+
 def tracking_uri(results: Path | str) -> str:
     """What MLFLOW_TRACKING_URI says, or else the database beside the results."""
     return os.environ.get("MLFLOW_TRACKING_URI") or default_uri(results)

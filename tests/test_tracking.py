@@ -18,6 +18,7 @@ import pytest
 
 from harness import lock, portrait, projection, tracking
 from harness.compaction import compact
+from harness.printout import exhibit
 from harness.projection import Projection, default_uri
 from harness.record import Store
 from harness.refusal import Refused, masked
@@ -122,6 +123,44 @@ def test_metrics_are_by_round_and_their_time_is_the_trials_clock(store: Store) -
     assert [m.value for m in client.get_metric_history(run_id, "cost/up_bytes")] == [10.0] * 4
     names = set(client.get_run(run_id).data.metrics)
     assert not names & {"student/round", "student/up_bytes", "student/recall", "student/up_kinds", "seed", "alpha"}
+
+
+def test_the_first_model_also_goes_by_names_that_all_methods_share(store: Store) -> None:
+    """As handed over and as read back, where roles come in alphabetical order: "global" is first here."""
+    rows = commit(store, "aa", roles=("global", "average"), data_hash="d" * 64, partition_js=0.3)
+    Tracker(None, "sweep", store.path).close()  # from the tables
+    seen = []
+    for _ in range(2):
+        run_id = families(store)[1]["aa"].info.run_id
+        client = projection._connect(default_uri(store.path))
+        history = client.get_metric_history(run_id, "accuracy")
+        run = client.get_run(run_id)
+        seen.append(
+            ([(m.step, m.value) for m in history], run.data.metrics, run.inputs.dataset_inputs[0].dataset.name)
+        )
+        projection._connect(default_uri(store.path)).delete_run(run_id)
+        tracker = Tracker(None, "sweep", store.path)
+        tracker.add(*rows)
+        assert tracker.close() == []
+    assert seen[0] == seen[1]
+    assert [step for step, _ in seen[0][0]] == [1, 3]
+    assert seen[0][1]["accuracy_last10"] == seen[0][1]["global_accuracy_last10"]
+    assert seen[0][2] == "digits"
+
+
+def test_the_leaderboard_and_its_pictures_are_artifacts_of_the_sweep(store: Store) -> None:
+    """Twice: they are replaced, not doubled."""
+    commit(store, "aa")
+    Tracker(None, "sweep", store.path).close()
+    (store.path / "leaderboard.html").write_text("<p>old</p>")
+    assert exhibit(store.path) == []
+    (store.path / "leaderboard.html").write_text("<p>new</p>")
+    assert exhibit(store.path) == []
+    client, (parent,) = projection._connect(default_uri(store.path)), families(store)[0]
+    names = [file.path for file in client.list_artifacts(parent.info.run_id)]
+    assert {"leaderboard.html", "learning-curves.png"} <= set(names) and len(names) == len(set(names))
+    kept = Path(client.download_artifacts(parent.info.run_id, "leaderboard.html"))
+    assert kept.read_text() == "<p>new</p>"
 
 
 def test_roles_of_domains_and_of_variants_have_names_that_mlflow_takes(store: Store) -> None:
