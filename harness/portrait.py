@@ -64,7 +64,8 @@ def milliseconds(started: str | None) -> int:
 def metrics(trial: Row, rounds: Sequence[Row], start: int) -> Iterator[Point]:
     """Qualities as `<role>/<metric>` and costs as `cost/<name>` (over all roles) by round; totals; the headline.
 
-    Those of the first model also go without its role, so that methods whose models have other names share a chart.
+    Those of the first model also go by `all/<metric>`, so that methods whose models have other names share a chart,
+    and that is the first one: MLflow sorts them.
     """
     clock, first = 0.0, _first(rounds)
     by_round: defaultdict[int, list[Row]] = defaultdict(list)
@@ -78,7 +79,7 @@ def metrics(trial: Row, rounds: Sequence[Row], start: int) -> Iterator[Point]:
             values |= {f"{row['role']}/{name}": value for name, value in _numbers(row) if name not in COSTS}
         for row in rows:
             if row["role"] == first:
-                values |= {name: float(row[name]) for name in PRIMARY if row.get(name) is not None}
+                values |= {f"all/{name}": float(row[name]) for name in PRIMARY if row.get(name) is not None}
         for name, value in values.items():
             yield _plain(name), float(value), start + int(1000 * clock), step
     end = start + int(1000 * (trial.get("seconds") or 0))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 EXPERIMENT = "fedstill"
+KIND = "custom_model_development"  # MLflow's pages are those for training then, not those for prompts
 BATCH = 1000  # metrics a call: what MLflow takes at most
 ENVIRONMENT = {  # what the user has set stays
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -187,7 +188,8 @@ class Projection:
         if found is None:
             # MLflow would put a local store's artifacts into whatever folder the command was called from.
             beside = (self._store.path.resolve().parent / "mlflow-artifacts").as_uri()
-            return str(self._client.create_experiment(EXPERIMENT, beside if uri.startswith("sqlite:") else None))
+            place = beside if uri.startswith("sqlite:") else None
+            return str(self._client.create_experiment(EXPERIMENT, place, {"mlflow.experimentKind": KIND}))
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)

@@ -133,7 +133,7 @@ def test_the_first_model_also_goes_by_names_that_all_methods_share(store: Store)
     for _ in range(2):
         run_id = families(store)[1]["aa"].info.run_id
         client = projection._connect(default_uri(store.path))
-        history = client.get_metric_history(run_id, "accuracy")
+        history = client.get_metric_history(run_id, "all/accuracy")
         run = client.get_run(run_id)
         seen.append(
             ([(m.step, m.value) for m in history], run.data.metrics, run.inputs.dataset_inputs[0].dataset.name)
