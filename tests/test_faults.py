@@ -329,8 +329,15 @@ class Mlflow:
         words += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
         words += ["--artifacts-destination", str(self.folder / "artifacts")]
         with (self.folder / "server.log").open("a") as log:
-            # A group of its own, with the processes that it starts.
-            self.process = subprocess.Popen(words, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
+            # A group of its own, with the processes that it starts; of these none that wait for jobs, and outlive it.
+            self.process = subprocess.Popen(
+                words,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                start_new_session=True,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            )
 
     def answers(self) -> bool:
         try:
