@@ -46,9 +46,12 @@ def find(kind: str, name_or_path: str | Path) -> Path:
         if _is_file(path):
             return path
         raise Refused(f"no {kind} card at {text!r}: give a TOML file or one of {', '.join(names(kind))}")
-    if text not in names(kind):
+    folder = root(kind)
+    path = folder / f"{text}.toml"
+    spelled = path.is_relative_to(folder) and path.relative_to(folder).as_posix() == f"{text}.toml"
+    if ".." in path.parts or not spelled or not _is_file(path):
         raise unknown(f"{kind} card", text, names(kind))
-    return root(kind) / f"{text}.toml"
+    return path
 
 
 def read(kind: str, name_or_path: str | Path) -> dict[str, Any]:

@@ -648,6 +648,9 @@ def test_cards_are_found_by_name(small_cards: Path, monkeypatch: pytest.MonkeyPa
     (small_cards / "datasets" / "more" / "letters.toml").write_text("classes = 26")
     assert cards.names("datasets") == ["digits", "more/letters"]
     assert cards.read("datasets", "more/letters") == {"classes": 26}
+    for other in ("./digits", "more//letters", "more/../digits", "digits/", "/digits", "../datasets/digits", ""):
+        with pytest.raises(Refused, match="unknown datasets card"):  # one data set, one spelling, one hash
+            cards.find("datasets", other)
     monkeypatch.setattr(cards, "root", SHIPPED)
     assert "digits" in cards.names("datasets")
 
