@@ -59,6 +59,7 @@ ELSEWHERE = {
     "F13 in a sweep": "test_faults_in_rounds.py::test_f13_a_model_that_is_not_finite_is_a_result",
     "F14 in a sweep": "test_faults_in_rounds.py::test_f14_clients_of_a_few_rows_and_of_one_class",
     "F15 in a sweep": "test_faults_in_rounds.py::test_f15_rounds_from_which_nothing_comes_back_fail_the_trial",
+    "F16 memory": "test_faults_in_rounds.py::test_f16_rays_own_memory_monitor_ends_a_host_and_the_sweep_goes_on",
     "F16, F17 in a sweep": "test_faults_in_rounds.py::test_a_host_short_of_memory_is_spared_and_no_number_changes",
     "F18 in a sweep": "test_faults_in_rounds.py::test_f18_a_visit_that_hangs_is_given_to_another_host",
     "F19 in a sweep": "test_faults_in_rounds.py::test_f19_stragglers_change_no_number",

@@ -7,7 +7,10 @@ numbers of a sweep left alone, or with the reason; the other one is never touche
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +94,15 @@ class Sweep:
 
     def run(self, *overrides: str, reply: str = "pass", merge: str = "pass") -> Outcome:
         """Runs what is missing of it. reply, merge: the harm, on a host or on the server."""
+        return sweep.run(load_sweep(self.write(reply, merge), overrides), self.results, self.diary)
+
+    def write(self, reply: str, merge: str) -> Path:
+        """Its card, and the method's file unless that is there."""
         own, card = self.folder / "scaffold.py", self.folder / "card.toml"
         if not own.exists():
             own.write_text(HARMFUL.format(marks=str(self.folder / "marks"), reply=reply, merge=merge))
         card.write_text(CARD.format(methods=[str(own), "fedavg"]))
-        return sweep.run(load_sweep(card, overrides), self.results, self.diary)
+        return card
 
     def row(self, method: str = "scaffold") -> dict[str, Any]:
         """Its one row of a method."""
@@ -238,6 +245,31 @@ def test_a_host_short_of_memory_is_spared_and_no_number_changes(harmed: Sweep, a
     unharmed(harmed, alone, "scaffold", "fedavg")
     [event] = harmed.events()
     assert event["kind"] == "out_of_memory" and "1 of 2 hosts work from now on" in event["detail"]
+
+
+HOARDS = """
+        if round >= 3 and once():
+            hoard = bytearray(os.urandom(2**20)) * 4096
+            time.sleep(20)
+"""
+
+
+def test_f16_rays_own_memory_monitor_ends_a_host_and_the_sweep_goes_on(harmed: Sweep, alone: Path) -> None:
+    """Ray is told to call the memory full 2 GB from now, and a visit takes 4 GB, once. Ray chooses whom it ends."""
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(told[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
+    if free < 6:
+        pytest.skip(f"6 GB of free memory are needed, there are {free:.1f}")
+    card = harmed.write(HOARDS, "pass")
+    card.write_text(card.read_text().replace("visit_timeout_s = 5.0", "visit_timeout_s = 120.0"))
+    limits = {"RAY_memory_usage_threshold": f"{1 - (free - 2) / total:.4f}", "RAY_memory_monitor_refresh_ms": "100"}
+    words = [sys.executable, "-m", "harness.cli", "sweep", str(card), "--results", str(harmed.results)]
+    done = subprocess.run(
+        words, env={**os.environ, **limits}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    unharmed(harmed, alone, "scaffold", "fedavg")
+    assert "out_of_memory" in harmed.kinds(), harmed.events()
 
 
 def test_f18_a_visit_that_hangs_is_given_to_another_host(harmed: Sweep, alone: Path) -> None:
