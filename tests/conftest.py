@@ -242,6 +242,12 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     torch.set_flush_denormal(False)  # hosts turn it on
 
 
+@pytest.fixture(autouse=True)
+def denormal_numbers() -> None:
+    """A host that ran in this process has switched them off, and hypothesis draws no floats without them."""
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """One local Ray for all tests that need one. It counts four cores, so that the tests fit on any machine."""

@@ -326,7 +326,7 @@ def test_the_command_of_a_trial_is_that_trial(own: str, data: st.DataObject) -> 
 
 @pytest.mark.parametrize(
     ("address", "why"),
-    [("127.0.0.1:1", "refused"), ("nonsense", "Invalid address"), ("auto", "running Ray instance")],
+    [("127.0.0.1:1", "refused"), ("nonsense", "HOST:PORT or auto"), ("auto", "running Ray instance")],
 )
 def test_a_cluster_that_is_not_there_is_refused_at_once(
     tmp_path: Path, diary: Any, monkeypatch: pytest.MonkeyPatch, address: str, why: str
