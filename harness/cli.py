@@ -119,13 +119,14 @@ def board(
     if not serve:
         from harness.printout import print_board
 
-        return print_board(results, metric, baseline, out)
+        print_board(results, metric, baseline, out)
+        return
     if metric != "accuracy_last10" or out is not None:
         raise Refused("--serve writes nothing and shows every metric: leave --metric and --out out")
     from harness.live import PORT
     from harness.live import serve as show_page
 
-    return show_page(results, PORT if port is None else port, lambda text: print(text, flush=True), baseline)
+    show_page(results, PORT if port is None else port, lambda text: print(text, flush=True), baseline)
 
 
 @app.command()
@@ -202,8 +203,8 @@ def _run(planned: Sweep, results: Path | None, fresh: bool) -> None:
             raise
     for problem in outcome.problems:
         out.print(problem, style="yellow", highlight=False, markup=False)
-    print_board(folder, "accuracy_last10")
-    for problem in exhibit(folder) if outcome.tracked else ():
+    shown = print_board(folder, "accuracy_last10")
+    for problem in exhibit(folder, shown) if outcome.tracked else ():
         out.print(problem, style="yellow", highlight=False, markup=False)
     if outcome.failed:
         out.print(f"Trials that failed: {outcome.failed}. The reasons are above and in the table of trials.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -11,6 +11,7 @@ from harness.checkpoint import KEPT
 from harness.cohorts import draw_cohort, draw_roster
 from harness.config import Trial
 from harness.host import InlinePool
+from harness.protocol import Cohort
 from harness.server import Server
 from harness.tryout import Round, Sample
 from harness.work import Setup, Stages
@@ -39,7 +40,7 @@ class Course:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one trial takes. held: bytes of its checkpoints while it runs;"""
+    """What one trial takes. held: bytes of its checkpoints while it runs."""
 
     seconds: float
     round_s: float
@@ -51,14 +52,10 @@ class Cost:
 
 def course(setup: Setup) -> Course:
     """Draws the cohorts of a trial as its server will. Load: the rows that pass in a visit, over all its epochs."""
-    trial, now = setup.trial, Stages(setup).at(0)
-    roles, sizes = dict(now.method.roles(now.world)), now.world.sizes
-    step = max(1, trial.rounds * _cohort(setup, 0) // MOST_VISITS)
+    trial, sizes = setup.trial, [len(rows) for rows in setup.split.clients]
+    step = max(1, trial.rounds * _size(setup, [0]) // MOST_VISITS)
     drawn, seen = [], set()
-    for round in range(0, trial.rounds, step):
-        cohort = draw_cohort(
-            trial.seed, round, roles, now.world.clients, trial.participation, trial.availability, sizes, setup.trace
-        )
+    for cohort in _cohorts(setup, range(0, trial.rounds, step)):
         roster = draw_roster(trial.seed, cohort, trial.availability)
         come = [visit for visit in cohort.visits if visit not in roster.dropped]
         seen |= set(come)
@@ -70,16 +67,20 @@ def visits_of(setup: Setup) -> int:
     """Rows of the table of clients: all visits of a trial, also those that are lost."""
     trial = setup.trial
     if trial.availability.pattern in FLAT:
-        return trial.rounds * _cohort(setup, 0)
-    return sum(_cohort(setup, round) for round in range(trial.rounds))
+        return trial.rounds * _size(setup, [0])
+    return _size(setup, range(trial.rounds))
 
 
-def _cohort(setup: Setup, round: int) -> int:
+def _size(setup: Setup, rounds: Iterable[int]) -> int:
+    return sum(len(cohort.visits) for cohort in _cohorts(setup, rounds))
+
+
+def _cohorts(setup: Setup, rounds: Iterable[int]) -> Iterator[Cohort]:
+    """Who is asked in these rounds, as the server draws it."""
     trial, now = setup.trial, Stages(setup).at(0)
-    how, world = trial.availability, now.world
-    roles = now.method.roles(world)
-    share, sizes = trial.participation, world.sizes
-    return len(draw_cohort(trial.seed, round, roles, world.clients, share, how, sizes, setup.trace).visits)
+    roles, world, how = dict(now.method.roles(now.world)), now.world, trial.availability
+    for round in rounds:
+        yield draw_cohort(trial.seed, round, roles, world.clients, trial.participation, how, world.sizes, setup.trace)
 
 
 def names_of(setup: Setup) -> tuple[int, int]:

@@ -26,18 +26,23 @@ class Ledger:
         self._results: dict[str, Result] = {}
         self._content: dict[str, bytes] = {}  # checkpoints that could not be written down
         self._reached: dict[str, int] = {}
-        resting = set(shelf.names())
+        self._over: set[str] = set()  # trials that will never run again
         for row in store.rows("trials") if store.path.is_dir() else ():
             searched = row.get("stage") == "search"
             self.add(row, store.rows("rounds", row["trial_id"]) if searched else ())
-            if row["trial_id"] in resting and final(row["status"], row["reason"] or "", row.get("stage") or ""):
-                shelf.drop(row["trial_id"])  # a driver was killed between the row and this
+
+    def tidy(self) -> None:
+        """Takes away what a driver left that was killed between a row and its checkpoint. Only for the writer."""
+        for name in self._over & set(self.shelf.names()):
+            self.shelf.drop(name)
 
     def add(self, row: Row, rounds: Sequence[Row] = ()) -> None:
         """A trial has a row. rounds: its rows there, if a search has to look at them."""
         steps = (row["steps"] or 0) + (row["server_steps"] or 0)
         kept = [{k: v for k, v in r.items() if k in SEEN or k.startswith("validation")} for r in rounds]
         self._results[row["trial_id"]] = Result(row["status"], row["reason"] or "", steps, kept)
+        if final(row["status"], row["reason"] or "", row.get("stage") or ""):
+            self._over.add(row["trial_id"])
         self._reached.pop(row["trial_id"], None)
         self._content.pop(row["trial_id"], None)
 

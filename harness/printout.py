@@ -16,8 +16,8 @@ from harness.terminal import console
 from harness.tracking import attach
 
 
-def print_board(results: Path, metric: str, baseline: str | None = None, to: Path | None = None) -> None:
-    """Prints the leaderboard and writes its files: see `board.write`, `board.draw` and `page.write`."""
+def print_board(results: Path, metric: str, baseline: str | None = None, to: Path | None = None) -> boards.Board:
+    """Prints the leaderboard and writes its files: see `board.write`, `board.draw` and `page.write`. Returns it."""
     board, out = boards.read(results, metric, baseline), console()
     found, written = board.first, boards.write(board, to)
     out.print(found.title, style="bold", highlight=False, markup=False)
@@ -43,14 +43,16 @@ def print_board(results: Path, metric: str, baseline: str | None = None, to: Pat
         path.name for path in (*written, page.write(results, baseline, to), *(boards.draw(board, to) if to else ()))
     )
     out.print(f"Written to {to or results}: {names}", highlight=False, markup=False, soft_wrap=True)
+    return board
 
 
-def exhibit(results: Path) -> list[str]:
+def exhibit(results: Path, board: boards.Board | None = None) -> list[str]:
     """Puts the leaderboard, its page and its pictures to the folder's runs in MLflow. Returns what went wrong.
 
-    The pictures are drawn for that; files of the leaderboard that are not there are passed over.
+    The pictures are drawn for that; files of the leaderboard that are not there are passed over. board: the folder's,
+    if it was read already.
     """
     with tempfile.TemporaryDirectory(prefix="fedstill-") as folder:
         with suppress(Refused):  # a folder without any trial has no leaderboard
-            boards.draw(boards.read(results, "accuracy_last10", None), folder)
+            boards.draw(board or boards.read(results, "accuracy_last10", None), folder)
         return attach(results, [*sorted(results.glob("leaderboard.*")), *sorted(Path(folder).glob("*.png"))])

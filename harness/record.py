@@ -49,6 +49,13 @@ class Store:
         if not writable and not self.path.is_dir():
             raise Refused(f"there is no results folder {self.path}: `fedstill sweep CARD` makes one")
 
+    def require_tables(self) -> None:
+        """Raises Refused for a folder that no sweep has written to."""
+        if not (self.path / "trials").is_dir():
+            raise Refused(
+                f"{self.path} holds no tables of a sweep: give a results folder, such as results/quickstart"
+            )
+
     def commit(self, trial: Row, rounds: Sequence[Row], clients: Sequence[Row], events: Sequence[Row] = ()) -> None:
         """Write one ended trial. Columns beyond the fixed ones are kept. A second call replaces the first.
 

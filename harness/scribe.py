@@ -102,6 +102,7 @@ class Scribe(tune.Callback):
     ) -> None:
         self.sweep, self.store, self.tracker, self.watcher, self.outcome = sweep, store, tracker, watcher, outcome
         self.ledger = Ledger(store, Shelf(store.path), outcome.problems)
+        self.ledger.tidy()
         self.hashes = {name: arrays.checksum() for name, arrays in sets.items()}
         self.origin = provenance()
         self.jobs: dict[str, Job] = {}  # by Tune's id of the trial

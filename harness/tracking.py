@@ -71,8 +71,7 @@ def sync(results: Path) -> list[str]:
     Raises Refused if the folder is in use or MLflow can't be reached.
     """
     store, uri = Store(results, writable=False), tracking_uri(results)
-    if not (results / "trials").is_dir():  # a database would be made beside it
-        raise Refused(f"{results} holds no tables of a sweep: give a results folder, such as results/quickstart")
+    store.require_tables()  # a database would be made beside it
     with lock.held(results):
         aside = _put_aside(uri)
         try:

@@ -29,8 +29,7 @@ def verify(results: Path, rerun: int = 0, seed: int | None = None) -> bool:
     if rerun < 0 or (seed is not None and seed < 0):
         raise Refused("--rerun and --seed are whole numbers from 0")
     store = Store(results, writable=False)
-    if not (results / "trials").is_dir():
-        raise Refused(f"{results} holds no tables of a sweep: give a results folder, such as results/quickstart")
+    store.require_tables()
     checks, notes = [*audit(results), mlflow_agrees(store)], list[str]()
     if rerun:
         seed = secrets.randbelow(2**31) if seed is None else seed

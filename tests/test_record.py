@@ -332,7 +332,7 @@ def test_headline_of_a_trial_that_was_never_evaluated() -> None:
     assert headline([]) == {}
 
 
-@given(st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=40))
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
 def test_headline_of_fully_evaluated_rounds(curve: list[float]) -> None:
     """With every round evaluated the formulas are numpy's: mean of the last ten, trapezoid over the span."""
     found = headline([round_row("aa", at, accuracy=value) for at, value in enumerate(curve)], [0.5])

@@ -153,7 +153,9 @@ def test_a_driver_killed_between_a_row_and_its_checkpoint_leaves_no_checkpoint(t
     for name, status in (("a" * 16, "done"), ("b" * 16, "failed")):
         store.commit({"trial_id": name, "status": status, "reason": "crashed", "steps": 1}, [], [], [])
         shelf.put(name, 1, b"1")
-    Ledger(store, shelf, [])
+    ledger = Ledger(store, shelf, [])
+    assert shelf.names() == ["a" * 16, "b" * 16], "who only reads, such as `fedstill plan`, changes nothing"
+    ledger.tidy()
     assert shelf.names() == ["b" * 16]
 
 
