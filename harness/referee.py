@@ -47,9 +47,7 @@ class Referee(FIFOScheduler):
         *earlier, now = result["curve"]
         if trial.trial_id not in self._met:
             self._met.add(trial.trial_id)
-            rule.on_trial_add(tune_controller, trial)
-            for at, value in earlier:
-                rule.on_trial_result(tune_controller, trial, _told(at, value))
+            _remember(rule, trial, earlier)
         return str(rule.on_trial_result(tune_controller, trial, _told(*now)))
 
     def _rule(self, job: Job) -> Any:
@@ -57,15 +55,32 @@ class Referee(FIFOScheduler):
         if self.how is None or self.how.scheduler not in ("asha", "median"):
             return None
         key = job.group.key
-        nobody: Any = None  # these rules do not look at Tune itself
         if key not in self._rules:
             rule = self._rules[key] = _make(self.how, job.cell.rounds)
             for name, curve in self.known.get(key, {}).items():
-                before: Any = Known(name)
-                rule.on_trial_add(nobody, before)
-                for at, value in curve:
-                    rule.on_trial_result(nobody, before, _told(at, value))
+                _remember(rule, Known(name), curve)
         return self._rules[key]
+
+
+class _MedianRule(MedianStoppingRule):
+    """Tune's, which can be told of the past without judging it again: it would take a trial's next result for an
+    error once it has told it to stop, and whether it would stop it depends on what others have reported since.
+    """
+
+    def remember(self, trial: Any, curve: Curve) -> None:
+        """What a trial has reported before."""
+        self._results[trial] += [_told(at, value) for at, value in curve]
+
+
+def _remember(rule: Any, trial: Any, curve: Curve) -> None:
+    """Tells a rule what a trial has reported before, in an earlier run. Nobody is stopped by that."""
+    nobody: Any = None  # these rules do not look at Tune itself
+    rule.on_trial_add(nobody, trial)
+    if isinstance(rule, _MedianRule):
+        rule.remember(trial, curve)
+        return
+    for at, value in curve:  # successive halving keeps its rungs from these
+        rule.on_trial_result(nobody, trial, _told(at, value))
 
 
 def _make(how: Search, rounds: int) -> TrialScheduler:
@@ -77,7 +92,7 @@ def _make(how: Search, rounds: int) -> TrialScheduler:
         )
     # An endless time slice: it would otherwise pause trials to let others catch up, through Tune's own checkpoints.
     common["min_time_slice"] = math.inf
-    return MedianStoppingRule(**common, min_samples_required=how.reduction)
+    return _MedianRule(**common, min_samples_required=how.reduction)
 
 
 def _told(rounds_done: int, value: float) -> dict[str, Any]:
