@@ -3,4 +3,4 @@
 __version__ = "0.1.0"
 
 # Raised whenever a change of the harness changes the numbers of an unchanged config: part of every trial's hash.
-RULES_VERSION = 1
+RULES_VERSION = 2

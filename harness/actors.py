@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 import torch
@@ -13,9 +14,11 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from harness.evaluate import Counts
 from harness.host import ClientHost
 from harness.trees import Parcel, parcel
-from harness.work import Order, Personal, Report, Setup, Shard
+from harness.work import Order, Personal, Report, Setup, Shard, WorkFailed, said
 
 GONE = (RayActorError, OutOfMemoryError)  # the host is no more; the second one: Ray's memory monitor ended it
+# An order, the places of the parts of its inbox, and that of its client's memory, if it has one.
+Asked: TypeAlias = tuple[Order, tuple[int, ...], int | None]
 SHORT = (OutOfMemoryError, torch.cuda.OutOfMemoryError, MemoryError)
 
 
@@ -35,11 +38,25 @@ class HostActor:
             self._arrays = (arrays[0], ray.get(arrays[0]))
         self.host.load(replace(setup, arrays=self._arrays[1]))
 
-    @ray.method(num_returns=3)
-    def visit(self, order: Order, memory: Parcel | None, *parts: Parcel) -> tuple[Report, Parcel, Parcel]:
-        """One visit; its three answers are stored apart, so that a memory is never moved to the server."""
-        report, payload, after = self.host.visit(order, parts, memory)
-        return report, parcel(payload), parcel(after)
+    def visits(self, asked: Sequence[Asked], *sent: Parcel) -> list[Any]:
+        """Visits, one after the other: a list with a report and a payload for each, and behind it their memories,
+        each stored apart, so that none is ever moved to the server. A visit that raises has `WorkFailed` instead of
+        both. asked: orders with the places of their inboxes and memories among what was `sent`.
+        """
+        answers: list[tuple[Report, Parcel] | WorkFailed] = []
+        memories: list[Parcel | None] = []
+        for order, parts, memory in asked:
+            try:
+                before = None if memory is None else sent[memory]
+                report, payload, after = self.host.visit(order, [sent[at] for at in parts], before)
+                answers.append((report, parcel(payload)))
+                memories.append(parcel(after))
+            except SHORT:
+                raise
+            except Exception as error:
+                answers.append(WorkFailed(said(error)))
+                memories.append(None)
+        return [answers, *memories]
 
     def score(self, what: Shard | Personal, params: Parcel) -> Counts:
         """One piece of the evaluation."""
@@ -63,13 +80,12 @@ def answers(ref: Any, seconds: float) -> bool:
     return bool(ready)
 
 
-def error_of(ref: Any) -> Exception | None:
-    """What an answer that is there raises."""
+def outcome(ref: Any) -> tuple[Any, Exception | None]:
+    """An answer that is there, or what it raises."""
     try:
-        ray.get(ref)
+        return ray.get(ref), None
     except RayError as error:
-        return error
-    return None
+        return None, error
 
 
 def death_of(error: Exception) -> str:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from harness.data import Augment, Card
+from harness.layers import channels_last
 
 
 def augment(x: Tensor, how: Augment, rng: Generator) -> Tensor:
@@ -45,7 +46,7 @@ def normalise(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Ten
 
 def ready(x: Tensor, about: Card) -> Tensor:
     """Rows of a data set as nets take them: images normalised, tokens [B, T] as int64."""
-    return x.long() if about.tokens else normalise(x, about.mean, about.std)
+    return x.long() if about.tokens else channels_last(normalise(x, about.mean, about.std))
 
 
 def rotate(x: Tensor, degrees: float) -> Tensor:

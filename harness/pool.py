@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError
+from ray.exceptions import ObjectLostError, RayTaskError
 
-from harness.actors import GONE, SHORT, HostActor, answers, death_of, error_of
+from harness.actors import GONE, SHORT, HostActor, answers, death_of, outcome
+from harness.calls import Call, Work, give
 from harness.config import Execution
 from harness.evaluate import Counts
 from harness.trees import Parcel, Tree, parcel
@@ -21,26 +21,7 @@ from harness.work import Event, Order, Personal, Report, Setup, Shard, WorkFaile
 START_S = 120.0  # an actor that has not answered by then does not fit its bundle: Ray would wait without a word
 STALE_S = 10.0  # for a host to end what a failed trial left it with
 NOT_UP = f"host {{}} did not come up within {START_S:.0f} s: no room?"
-SHORT_S = 0.1  # visits shorter than this are queued two deep, to hide the way to the host
-
-
-@dataclass(eq=False)
-class Work:
-    """A piece of work: how to give it to a host, and what came of it."""
-
-    give: Callable[[Any], Any]
-    name: str
-    round: int | None = None
-    client: int | None = None
-    refs: list[Any] = field(default_factory=list)
-    done: bool = False
-    error: Exception | None = None
-    thinned: int = 1  # how thinly work was spread over the hosts when it was given
-    trouble: Counter[str] = field(default_factory=Counter)  # kind of event -> times
-
-    def end(self, error: Exception | None = None) -> None:
-        """It is over, well or with an error."""
-        self.done, self.error = True, error
+SHORT_S = 0.1  # visits shorter than this are queued two deep, to hide the way to the host, and go several at once
 
 
 class RayPool:
@@ -52,13 +33,13 @@ class RayPool:
         self.how, self._make = how, lambda: actor.options(**resources).remote(device)
         self.hosts = [self._make() for _ in range(how.hosts)]
         self.queue: list[tuple[int, int, Work]] = []
-        self.given: dict[Any, tuple[int, Work]] = {}  # first ref of the answer -> host, work; in the order of giving
+        self.given: dict[Any, Call] = {}  # by the first ref of the answer, in the order of giving
         self.load_of = [0] * how.hosts
         self.since = [0.0] * how.hosts  # monotonic: when the host began what it is doing, as far as is known
         self.thinned = 1  # every so manieth host takes work: more than one after memory was short
         self.mean_s = 1.0  # running mean of a visit's length
         self.events: list[Event] = []
-        self._count = 0
+        self._count = self._visits = 0  # ever queued; visits in the queue
 
     def load(self, setup: Setup, arrays: Any) -> None:
         """Begins a trial on every host; `arrays` is the reference of its data set, which does not travel again."""
@@ -67,6 +48,7 @@ class RayPool:
         stale = [load > 0 for load in self.load_of]
         self.queue.clear()
         self.given.clear()
+        self._visits = 0
         self.load_of, self.thinned, self.events = [0] * len(self.hosts), 1, []
         for at, ref in enumerate([host.load.remote(*self._begin, 1) for host in self.hosts]):
             try:
@@ -89,31 +71,23 @@ class RayPool:
 
     def visit(self, order: Order, parts: Sequence[Any], memory: Any | None) -> Work:
         """Queues a visit."""
-        give = lambda host: host.visit.remote(order, memory, *parts)  # noqa: E731
-        return self._queue(0, Work(give, "a visit", order.round, order.visit.client))
+        client = order.visit.client
+        return self._queue(0, Work("a visit", order.round, client, order=order, parts=parts, memory=memory))
 
     def score(self, what: Shard | Personal, params: Any) -> Work:
         """Queues a piece of the evaluation behind all visits."""
         round, client = (what.round, what.visit.client) if isinstance(what, Personal) else (None, None)
-        return self._queue(1, Work(lambda host: [host.score.remote(what, params)], "scoring", round, client))
+        return self._queue(1, Work("scoring", round, client, lambda host: host.score.remote(what, params)))
 
     def answer(self, ticket: Work) -> tuple[Report, Tree, Any]:
         """Waits for a visit."""
-        while True:
-            self._wait(ticket)
-            try:
-                report, payload = ray.get(ticket.refs[:2])
-            except ObjectLostError as error:  # with the machine that it lay on
-                ticket.done = False
-                self._again("host_lost", ticket, f"its answer was lost: {said(error)}")
-                continue
-            self.mean_s += (report.seconds - self.mean_s) / 8
-            return report, payload.open(), ticket.refs[2]
+        report, payload, memory = self._wait(ticket)
+        ticket.found = None
+        return report, payload.open(), memory
 
     def counts(self, ticket: Work) -> Counts:
         """Waits for it."""
-        self._wait(ticket)
-        found: Counts = ray.get(ticket.refs[0])
+        found: Counts = self._wait(ticket)
         return found
 
     def drain(self) -> list[Event]:
@@ -123,6 +97,7 @@ class RayPool:
 
     def _queue(self, priority: int, work: Work) -> Work:
         self._count += 1
+        self._visits += work.score is None
         heapq.heappush(self.queue, (priority, self._count, work))
         self._dispatch()
         return work
@@ -133,77 +108,129 @@ class RayPool:
             at = min(range(0, len(self.hosts), self.thinned), key=self.load_of.__getitem__)
             if self.load_of[at] >= depth:
                 return
-            work = heapq.heappop(self.queue)[2]
-            work.refs, work.thinned = work.give(self.hosts[at]), self.thinned
+            call = give(self.hosts[at], at, self._next())
+            for work in call.works:
+                work.thinned = self.thinned
             if not self.load_of[at]:
                 self.since[at] = time.monotonic()
             self.load_of[at] += 1
-            self.given[work.refs[0]] = (at, work)
+            self.given[call.refs[0]] = call
 
-    def _wait(self, ticket: Work) -> None:
-        limit = self.how.visit_timeout_s
+    def _next(self) -> list[Work]:
+        """What a host gets next: a piece of work, or several visits that are short compared with the way to it.
+
+        The fewer are left the fewer go together, so that all hosts come to their ends at the same time.
+        """
+        works = [heapq.heappop(self.queue)[2]]
+        fair = -(-self._visits // (2 * len(self.hosts)))
+        most = 1 if works[0].alone else min(fair, int(SHORT_S / max(self.mean_s, 1e-6)))
+        if works[0].score is None:
+            while self.queue and len(works) < most and self.queue[0][2].score is None and not self.queue[0][2].alone:
+                works.append(heapq.heappop(self.queue)[2])
+            self._visits -= len(works)
+        return works
+
+    def _wait(self, ticket: Work) -> Any:
         while not ticket.done:
             self._dispatch()
-            now, busy = time.monotonic(), [at for at, load in enumerate(self.load_of) if load]
+            now, due = time.monotonic(), self._due()
             # What came while nobody looked is looked at before anybody is called late.
-            patience = max(0.05, min(self.since[at] for at in busy) + limit - now) if limit else None
+            patience = max(0.05, min(due.values()) - now) if due else None
             for ref in ray.wait(list(self.given), num_returns=1, timeout=patience)[0]:
                 self._take(ref)
-            for at in busy if limit else ():
-                if self.load_of[at] and time.monotonic() - self.since[at] > limit and not self._has_answered(at):
+            for at, then in self._due().items():
+                if time.monotonic() > then and not self._has_answered(at):
                     self._replace(at)
         if ticket.error is not None:
             raise ticket.error
+        return ticket.found
+
+    def _due(self) -> dict[int, float]:
+        """When each busy host should have answered, on the monotonic clock; empty without a limit."""
+        first: dict[int, Call] = {}
+        for call in self.given.values() if self.how.visit_timeout_s else ():
+            first.setdefault(call.at, call)
+        return {at: self.since[at] + len(call.works) * self.how.visit_timeout_s for at, call in first.items()}
 
     def _has_answered(self, at: int) -> bool:
-        own = [ref for ref, (host, _) in self.given.items() if host == at]
+        own = [ref for ref, call in self.given.items() if call.at == at]
         return bool(ray.wait(own, num_returns=1, timeout=0)[0])
 
     def _take(self, ref: Any) -> None:
         """Books an answer that is there."""
-        at, work = self.given[ref]
-        error = error_of(ref)
+        call = self.given[ref]
+        found, error = outcome(ref)
         if isinstance(error, GONE):
-            self._replace(at)
+            self._replace(call.at)
             return
         del self.given[ref]
-        self.load_of[at] -= 1
-        self.since[at] = time.monotonic()  # what is queued behind it begins
-        self._settle(work, error)
+        self.load_of[call.at] -= 1
+        self.since[call.at] = time.monotonic()  # what is queued behind it begins
+        self._settle(call, found, error)
 
-    def _settle(self, work: Work, error: Exception | None) -> None:
+    def _settle(self, call: Call, found: Any, error: Exception | None) -> None:
         """The host has done it, or says why not."""
-        cause = getattr(error, "cause", None) or error
-        if cause is None or isinstance(cause, ObjectLostError):  # a memory that is lost is no fault of a visit
-            work.end(error)
-        elif isinstance(cause, SHORT):
-            self._starve(work, said(cause))
+        if error is None:
+            self._book(call, found)
+        elif len(call.works) > 1:  # whose fault it is will be seen
+            self._apart(call.works)
         else:
-            work.end(WorkFailed(said(cause)))
+            work, cause = call.works[0], getattr(error, "cause", None) or error
+            if isinstance(cause, SHORT):
+                self._starve(work, said(cause))
+            elif not isinstance(cause, ObjectLostError):
+                work.end(error=WorkFailed(said(cause)))
+            elif isinstance(error, RayTaskError) or work.trouble["host_lost"]:
+                work.end(error=error)  # its memory is lost, which is no fault of a visit
+            else:  # with the machine that it lay on
+                self._again("host_lost", work, f"its answer was lost: {said(error)}")
+
+    def _book(self, call: Call, found: Any) -> None:
+        if call.works[0].score is not None:
+            call.works[0].end(found)
+            return
+        for work, answer, memory in zip(call.works, found, call.refs[1:], strict=True):
+            if isinstance(answer, WorkFailed):
+                work.end(error=answer)
+            else:
+                self.mean_s += (answer[0].seconds - self.mean_s) / 8
+                work.end((*answer, memory))
 
     def _replace(self, at: int) -> None:
         """A host died, or hangs: a new one takes its place and its work. No number depends on who does it."""
-        own = [(ref, work) for ref, (host, work) in self.given.items() if host == at]
-        self.given = {ref: (host, work) for ref, (host, work) in self.given.items() if host != at}
+        own = [(ref, call) for ref, call in self.given.items() if call.at == at]
+        self.given = {ref: call for ref, call in self.given.items() if call.at != at}
         self.load_of[at] = 0
-        lost: list[tuple[Work, Exception | None]] = []
-        for ref, work in own:
+        lost: list[tuple[list[Work], Exception | None]] = []
+        for ref, call in own:
             there = bool(ray.wait([ref], timeout=0)[0])
-            error = error_of(ref) if there else None
+            found, error = outcome(ref) if there else (None, None)
             if there and not isinstance(error, GONE):
-                self._settle(work, error)
+                self._settle(call, found, error)
             else:
-                lost.append((work, error))
+                lost.append((call.works, error))
         self._renew(at)
-        for work, _ in reversed(lost[1:]):  # they were only waiting
-            self._requeue(work)
-        for work, error in lost[:1]:
-            if isinstance(error, SHORT):
-                self._starve(work, f"host {at} was ended by Ray's memory monitor")
-            elif error is None:
-                self._again("visit_hung", work, f"no answer from host {at} in {self.how.visit_timeout_s:g} s")
+        for works, _ in reversed(lost[1:]):  # they were only waiting
+            for work in reversed(works):
+                self._requeue(work)
+        for works, error in lost[:1]:
+            if error is None:
+                kind, why = "visit_hung", f"no answer from host {at} in {self.how.visit_timeout_s * len(works):g} s"
             else:
-                self._again("host_lost", work, f"host {at} died: {death_of(error)}")
+                kind, why = "host_lost", f"host {at} died: {death_of(error)}"
+            if len(works) > 1:
+                self.events.append(event(kind, f"{len(works)} visits: {why}; given again", works[0].round))
+                self._apart(works)
+            elif isinstance(error, SHORT):
+                self._starve(works[0], f"host {at} was ended by Ray's memory monitor")
+            else:
+                self._again(kind, works[0], why)
+
+    def _apart(self, works: Sequence[Work]) -> None:
+        """Gives visits that went together again, each alone from now on."""
+        for work in reversed(works):
+            work.alone = True
+            self._requeue(work)
 
     def _again(self, kind: str, work: Work, why: str) -> None:
         """Gives work again, or gives it up."""
@@ -212,7 +239,7 @@ class RayPool:
         what = f"{work.name}: {why}"
         if tries > most:
             self.events.append(event(kind, f"{what}; given up", work.round, work.client))
-            work.end(WorkFailed(f"{what} ({kind.replace('_', ' ')} {tries} times)"))
+            work.end(error=WorkFailed(f"{what} ({kind.replace('_', ' ')} {tries} times)"))
         else:
             self.events.append(event(kind, f"{what}; given again", work.round, work.client))
             self._requeue(work)
@@ -228,6 +255,7 @@ class RayPool:
 
     def _requeue(self, work: Work) -> None:
         self._count += 1
+        self._visits += work.score is None
         heapq.heappush(self.queue, (0, -self._count, work))
 
     def _renew(self, at: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 Tree: TypeAlias = dict[str, Any]  # str -> Tensor | Tree
 
-CHUNK = 8  # clients per partial sum; part of the bits of every mean, so part of the rules' version
+CHUNK = 8  # clients per partial mean; part of the bits of every mean, so part of the rules' version
 ALIGN = 64  # bytes; keeps every leaf of a parcel aligned for vector loads
 
 
@@ -119,8 +120,9 @@ def sq_distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> Tensor:
 def mean(trees: Iterable[Mapping[str, Any]], weights: Sequence[float] | None = None) -> Tree:
     """Weighted mean, in the order given; weights are normalised in double precision. Equal weights if None.
 
-    Partial sums over chunks of `CHUNK` trees are added in order: the same bits however the chunks were computed.
-    One tree of any weight comes back exactly. Raises ValueError if the weights do not add up to more than zero.
+    It is the mean of the means of chunks of `CHUNK` trees, so its bits do not depend on where a chunk's mean was
+    computed, and a chunk's does not depend on the other chunks. One tree of any weight comes back exactly, and so do
+    equal trees up to rounding. Raises ValueError if the weights do not add up to more than zero.
     """
     items = list(trees) if weights is None else trees
     raw = [1.0] * len(items) if weights is None and isinstance(items, list) else list(weights or ())
@@ -128,17 +130,19 @@ def mean(trees: Iterable[Mapping[str, Any]], weights: Sequence[float] | None = N
     if not total > 0:
         raise ValueError("the weights of a mean must add up to more than zero")
     result: Tree | None = None
-    partial: Tree | None = None
-    for i, (tree, weight) in enumerate(zip(items, raw, strict=True)):
-        share = weight / total
-        if i % CHUNK == 0:
-            result = _plus(result, partial)
-            partial = scale(tree, share)
-        else:
-            assert partial is not None
-            partial = tree_map(lambda x, y, share=share: x.add_(y, alpha=share), partial, tree)
-    result = _plus(result, partial)
+    pairs = zip(items, raw, strict=True)
+    while chunk := list(islice(pairs, CHUNK)):  # so many trees are held at a time
+        own = float(sum(weight for _, weight in chunk))
+        if own > 0:
+            result = _plus(result, _chunk_mean(chunk, own), own / total)
     assert result is not None
+    return result
+
+
+def _chunk_mean(chunk: Sequence[tuple[Mapping[str, Any], float]], total: float) -> Tree:
+    result = scale(chunk[0][0], chunk[0][1] / total)
+    for tree, weight in chunk[1:]:
+        result = tree_map(lambda x, y, share=weight / total: x.add_(y, alpha=share), result, tree)
     return result
 
 
@@ -152,10 +156,11 @@ def means(items: Iterable[tuple[str, Mapping[str, Any], float]]) -> dict[str, Tr
     return {name: mean(members, shares) for name, (members, shares) in found.items()}
 
 
-def _plus(total: Tree | None, partial: Tree | None) -> Tree | None:
-    if total is None or partial is None:
-        return partial if total is None else total
-    return tree_map(lambda x, y: x.add_(y), total, partial)
+def _plus(total: Tree | None, part: Tree, share: float) -> Tree:
+    """total + share * part, in place."""
+    if total is None:
+        return part if share == 1 else tree_map(lambda x: x.mul_(share), part)
+    return tree_map(lambda x, y: x.add_(y, alpha=share), total, part)
 
 
 def stack(trees: Sequence[Mapping[str, Any]]) -> Tree:

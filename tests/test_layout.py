@@ -23,7 +23,7 @@ ORDER = """
     registry settings sections hypers schedule cohorts config overrides
     space plan searches axes
     formats text sources data deals partitions batches fit evaluate
-    work host books checkpoint scoring server actors pool archive trial
+    work host books checkpoint scoring server actors calls pool archive trial
     tryout lanes room cluster
     desk population ledger portrait projection tracking scribe referee errands sweep costs outlook
     places inference metrics cells caveats statistics verdicts tables sheets typeset plots diagrams board

@@ -53,11 +53,11 @@ class Troubled(FedAvg):
 def troubled(tmp_path: Path, lab: Any) -> Callable[..., Setup]:
     """A trial in which something goes wrong with client 2 in round 1. line: what; often: how many times in all."""
 
-    def make(line: str, often: int, **trial: Any) -> Setup:
+    def make(line: str, often: int, many: tuple[int, ...] = SIZES, **trial: Any) -> Setup:
         path, marks = tmp_path / "troubled.py", tmp_path / "marks"
         path.write_text(TROUBLE.replace("LINE", line))
         marks.mkdir()
-        setup: Setup = lab.setup(str(path), {"where": str(marks), "often": often}, sizes=SIZES, rounds=3, **trial)
+        setup: Setup = lab.setup(str(path), {"where": str(marks), "often": often}, sizes=many, rounds=3, **trial)
         return setup
 
     return make
@@ -291,13 +291,13 @@ def test_a_host_ended_by_the_memory_monitor_is_a_shortage(
     troubled: Any, lab: Any, both: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Ray tells it: the calls of an actor that its monitor ended raise OutOfMemoryError, no RayActorError."""
-    seen = pool.error_of
+    seen = pool.outcome
 
-    def error_of(ref: Any) -> Exception | None:
-        error = seen(ref)
-        return OutOfMemoryError("1 worker(s) were killed") if isinstance(error, RayActorError) else error
+    def outcome(ref: Any) -> tuple[Any, Exception | None]:
+        found, error = seen(ref)
+        return found, OutOfMemoryError("1 worker(s) were killed") if isinstance(error, RayActorError) else error
 
-    monkeypatch.setattr(pool, "error_of", error_of)
+    monkeypatch.setattr(pool, "outcome", outcome)
     born = set(both.hosts)
     server = both.start(troubled(DIE, 1))
     assert finished(server) == plain(lab)
@@ -332,3 +332,78 @@ def test_a_host_that_died_between_two_trials_is_an_event(lab: Any, both: Watched
     assert finished(server) == plain(lab)
     assert told(server) == [("host_lost", None, None)]
     assert "host 1 died between two trials" in details(server)
+
+
+# ---- several visits at once
+
+CROWD = (3, 4, 8, 5, 2) + (9, 10) * 20  # 45 clients; the victim comes when hosts have had their first single visits
+
+WIDE: Any = {"local": {"batch": 16}}  # no other client has a batch of 8 rows
+
+
+class Bundles:
+    """Watches what hosts are given at once, while visits are believed to take a millisecond."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, both: Watched) -> None:
+        self.sizes: list[int] = []
+        give = pool.give
+
+        def watched(host: Any, at: int, works: list[Any]) -> Any:
+            if works[0].score is None:
+                self.sizes.append(len(works))
+            both.mean_s = 0.001
+            return give(host, at, works)
+
+        patch.setattr(pool, "give", watched)
+        both.mean_s = 0.001
+
+
+@pytest.fixture
+def bundles(monkeypatch: pytest.MonkeyPatch, both: Watched) -> Bundles:
+    return Bundles(monkeypatch, both)
+
+
+@pytest.mark.cluster
+def test_short_visits_go_several_at_once(lab: Any, both: Watched, bundles: Bundles) -> None:
+    """A method with memories (SCAFFOLD), so that each finds its own; nobody is visited twice or left out."""
+    setup = lab.setup("scaffold", sizes=CROWD, rounds=3)
+    assert finished(both.start(setup)) == finished(lab.server(setup))
+    assert sum(bundles.sizes) == 3 * len(CROWD)
+    assert max(bundles.sizes) > 4, "bundles were made"
+    assert bundles.sizes.count(1) >= 3, "the last ones go alone, so that hosts end together"
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("line, kind", [(DIE, "host_lost"), (HANG, "visit_hung"), (SHORT, None)])
+def test_trouble_of_a_bundle_is_that_of_one_visit(
+    troubled: Any, lab: Any, both: Watched, bundles: Bundles, line: str, kind: str | None
+) -> None:
+    """Once, for one client of 45: its bundle is given again, one by one, and no number changes."""
+    setup = troubled(line, 1, many=CROWD, **WIDE)
+    server = both.start(setup, visit_timeout_s=0.4 if kind == "visit_hung" else 100)
+    assert finished(server) == tables(lab.run(sizes=CROWD, rounds=3, **WIDE))
+    assert [e["kind"] for e in server.events] == ([kind] if kind else [])
+    assert all("visits: " in e["detail"] and e["client"] is None for e in server.events)
+
+
+@pytest.mark.cluster
+def test_a_visit_that_kills_every_host_takes_no_other_along(
+    troubled: Any, lab: Any, both: Watched, bundles: Bundles
+) -> None:
+    setup = troubled(DIE, 99, many=CROWD, **WIDE, faults={"client": "skip"})
+    server = both.start(setup, host_retries=1)
+    finished(server)
+    assert {e["client"] for e in server.events} <= {None, VICTIM}
+    assert [e["client"] for e in server.events if e["kind"] == "client_skipped"] == [VICTIM]
+    assert [row["client"] for row in server.clients if not row["steps"]] == [VICTIM]
+
+
+@pytest.mark.cluster
+def test_a_visit_of_a_bundle_that_raises_is_skipped_alone(
+    troubled: Any, lab: Any, both: Watched, bundles: Bundles
+) -> None:
+    setup = troubled(RAISE, 99, many=CROWD, **WIDE, faults={"client": "skip"})
+    server = both.start(setup)
+    assert finished(server) == finished(lab.server(setup))
+    assert told(server) == [("client_skipped", 1, VICTIM)]
+    assert details(server) == "ValueError: bad luck"

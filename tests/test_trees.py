@@ -139,21 +139,26 @@ def test_the_bits_of_a_mean_depend_on_the_order_alone(count: int, power: int) ->
 
 @given(st.integers(1, 30), st.randoms())
 @settings(max_examples=30)
-def test_partial_sums_may_be_computed_anywhere(count: int, shuffled: Any) -> None:
-    """Chunks of 8, summed in any order of completion and added in theirs, give the bits of the mean."""
+def test_the_mean_of_a_chunk_may_be_computed_anywhere(count: int, shuffled: Any) -> None:
+    """Means of chunks of 8, in any order of completion, averaged in theirs by their weights, give the mean's bits."""
     items, weights = [model(i) for i in range(count)], [float(1 + i % 3) for i in range(count)]
-    total = sum(weights)
     chunks = list(range(0, count, 8))
-    partial: dict[int, Tensor] = {}
+    found: dict[int, tuple[Any, float]] = {}
     for start in shuffled.sample(chunks, len(chunks)):
-        rows = [(trees.flat(items[i]), weights[i] / total) for i in range(start, min(start + 8, count))]
-        partial[start] = rows[0][0] * rows[0][1]
-        for x, share in rows[1:]:
-            partial[start] = torch.add(partial[start], x, alpha=share)
-    summed = partial[0]
-    for start in chunks[1:]:
-        summed = summed + partial[start]
-    assert torch.equal(trees.flat(trees.mean(items, weights)), summed)
+        own = weights[start : start + 8]
+        found[start] = (trees.mean(items[start : start + 8], own), sum(own))
+    whole = trees.mean([found[start][0] for start in chunks], [found[start][1] for start in chunks])
+    assert torch.equal(trees.flat(trees.mean(items, weights)), trees.flat(whole))
+
+
+def test_the_mean_is_that_of_double_precision() -> None:
+    """21 models, three chunks, the weights of the second all zero: 0 + 13 models with weights 1, 2, 3, 1, ..."""
+    items = [model(i) for i in range(21)]
+    weights = [0.0 if 8 <= i < 16 else 1.0 + i % 3 for i in range(21)]
+    rows = torch.stack([trees.flat(item).double() for item in items])
+    shares = torch.tensor(weights).double()
+    expected = (shares[:, None] * rows).sum(0) / shares.sum()
+    torch.testing.assert_close(trees.flat(trees.mean(items, weights)).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @given(st.floats(1e-6, 1e6))

@@ -1,0 +1,55 @@
+"""What a pool gives its hosts: pieces of work, and calls that hold one or several of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.work import Order
+
+
+@dataclass(eq=False)
+class Work:
+    """A piece of work, a visit or something to score, and what came of it."""
+
+    name: str
+    round: int | None = None
+    client: int | None = None
+    score: Callable[[Any], Any] | None = None  # gives a host something to score; None: this is a visit
+    order: Order | None = None
+    parts: Sequence[Any] = ()
+    memory: Any | None = None
+    alone: bool = False  # never again together with others: it may have been the trouble of all of them
+    done: bool = False
+    found: Any = None  # report, payload and next memory, or counts
+    error: Exception | None = None
+    thinned: int = 1  # how thinly work was spread over the hosts when it was given
+    trouble: Counter[str] = field(default_factory=Counter)  # kind of event -> times
+
+    def end(self, found: Any = None, error: Exception | None = None) -> None:
+        """It is over, well or with an error."""
+        self.done, self.found, self.error = True, found, error
+
+
+@dataclass(frozen=True)
+class Call:
+    """Work under way: what a host does at once. refs: of the answer, then of the memories."""
+
+    at: int
+    works: list[Work]
+    refs: list[Any]
+
+
+def give(host: Any, at: int, works: list[Work]) -> Call:
+    """Hands work over. What several visits receive alike is sent once."""
+    if works[0].score is not None:
+        return Call(at, works, [works[0].score(host)])
+    sent: dict[Any, int] = {}  # what was sent -> its place
+    asked = []
+    for work in works:
+        parts = tuple(sent.setdefault(part, len(sent)) for part in work.parts)
+        memory = None if work.memory is None else sent.setdefault(work.memory, len(sent))
+        asked.append((work.order, parts, memory))
+    return Call(at, works, host.visits.options(num_returns=1 + len(works)).remote(asked, *sent))
