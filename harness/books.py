@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any, overload
 
 import torch
@@ -141,10 +140,16 @@ def client_row(report: Report, arch: str, down: Mapping[str, int]) -> Row:
     }
 
 
-def bytes_down(broadcast: Broadcast, visit: Visit) -> dict[str, int]:
-    """Bytes that a visit receives, by kind."""
-    parts = (broadcast.shared, broadcast.by_role.get(visit.role, {}), broadcast.personal.get(visit, {}))
-    return reduce(merge_counts, map(bytes_by_kind, parts))
+def bytes_down(broadcast: Broadcast) -> Callable[[Visit], dict[str, int]]:
+    """What tells how many bytes a visit receives, by kind."""
+    shared = bytes_by_kind(broadcast.shared)
+    alike = {role: merge_counts(shared, bytes_by_kind(inbox)) for role, inbox in broadcast.by_role.items()}
+
+    def of(visit: Visit) -> dict[str, int]:
+        own = broadcast.personal.get(visit, {})
+        return merge_counts(alike.get(visit.role, shared), bytes_by_kind(own))
+
+    return of
 
 
 def lost(visit: Visit) -> Report:

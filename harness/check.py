@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from harness import config, registry
+from harness.fit import settle
 from harness.probes import MOVING, STILL, Failed, Subject
 from harness.server import Diverged
 
@@ -28,8 +27,7 @@ def check(method: str, hyper: Mapping[str, Any] | None = None) -> list[Finding]:
     If the tiny trial itself does not run, that is the last finding. Raises Refused for a method or hyper-parameter
     that there is not.
     """
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    settle()
     values = config.resolve(tiny_settings(method, dict(hyper or {}))).hyper
     subject = Subject(method, values)
     findings = [_judged(name, probe, subject) for name, probe in STILL.items()]

@@ -76,7 +76,7 @@ def plan(
     from harness.preview import preview
 
     planned = load_sweep(card, overrides or [])
-    preview(planned, (results or Path("results") / planned.name).resolve(), probe)
+    preview(planned, (results or Path("results") / planned.name).absolute(), probe)
 
 
 @app.command()
@@ -156,6 +156,23 @@ def verify(
     from harness.verify import verify as agrees
 
     raise typer.Exit(not agrees(results, rerun, seed))
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[NAME]...", help="loop, start, rounds, scale, server, sweep; default: all of them"),
+    ] = None,
+    hosts: Annotated[int, typer.Option(min=1, help="processes that train")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="measurements behind each median")] = 7,
+    json: Annotated[Optional[Path], typer.Option(help="a file for the figures")] = None,  # noqa: UP045
+    out: Annotated[Path, typer.Option(help="a folder for a table of each")] = Path("results/benchmarks"),
+) -> None:
+    """Measure how fast this machine runs fedstill, each time against the same arithmetic written by hand."""
+    from harness.bench import run_all
+
+    run_all(names or [], hosts, repeats, json, out)
 
 
 @app.command()

@@ -6,8 +6,11 @@ optimizer step is therefore a handful of operations however many layers a net ha
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,8 +23,23 @@ from harness.nets import Net
 from harness.protocol import Algorithm, Batch, Inbox, Phase, Source, World
 from harness.trees import Tree, leaves, stream, tree_map
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
+KEPT_BYTES = 2**29
 StepLoss = Callable[[Tree, Batch], tuple[Tensor, dict[str, Tensor]]]
 Kind = Literal["sgd", "adam"]
+
+
+def settle(threads: int = 1) -> None:
+    """Makes this process one for training: its threads, and what would slow it down."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # dying activations would otherwise slow training sevenfold
+    if sys.platform == "linux":
+        # glibc gives large blocks back at once, and the kernel clears every page of the next one: for nets of 10
+        # million parameters that is most of the time of a copy.
+        with suppress(OSError, AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+            mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _trained(path: str, x: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 from harness.batches import Rows, ready, rotate
 from harness.data import Arrays, card
 from harness.evaluate import Counts, count_logits
-from harness.fit import Fitted, Optimizer, Streams, Workbench, descend, visit_batches
+from harness.fit import Fitted, Optimizer, Streams, Workbench, descend, settle, visit_batches
 from harness.nets import Net
 from harness.partitions import shift
 from harness.protocol import Inbox, Trained
@@ -42,8 +42,7 @@ class ClientHost:
     """Trains clients and scores models on one device. All results are functions of the arguments alone."""
 
     def __init__(self, device: str = "cpu", threads: int = 1) -> None:
-        torch.set_num_threads(threads)
-        torch.set_flush_denormal(True)  # dying activations would otherwise slow training sevenfold
+        settle(threads)
         self.device = torch.device(device)
         self._arrays: Arrays | None = None
 
@@ -75,15 +74,15 @@ class ClientHost:
         start = self.method.start(net, received, before)
         inbox = self.method.prepare(net, received, before, bench)
         fitted = self._train(net, start, inbox, before, bench, order)
-        rows = bench.sources["private"]()
+        samples = len(self.setup.split.clients[order.visit.client])
         trained = Trained(
             order.visit, order.round, net, start, fitted.tree, inbox, before,
-            len(rows), fitted.steps, order.lr, self.trial.local.momentum, fitted.metrics, bench,
+            samples, fitted.steps, order.lr, self.trial.local.momentum, fitted.metrics, bench,
         )  # fmt: skip
         payload, after = self.method.reply(trained)
         report = Report(
             order.visit,
-            samples=len(rows),
+            samples=samples,
             steps=fitted.steps + bench.steps,
             seen=fitted.samples + bench.samples,
             metrics={name: float(m.double().mean()) for name, m in fitted.metrics.items() if m.dim() == 1},

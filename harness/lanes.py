@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from harness.cohorts import Trace
 from harness.data import Arrays
+from harness.fit import settle
 from harness.tryout import Sample, Task, enter_device, samples
 from harness.work import said
 
@@ -26,8 +25,7 @@ def _serve(line: Any, sets: Mapping[str, Arrays], traces: Mapping[str, Trace]) -
     import harness.trial  # noqa: F401 - so that it weighs what a trial's process does
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    settle()
     line.send(None)
     opened = False
     while (task := line.recv()) is not None:

@@ -22,6 +22,7 @@ START_S = 120.0  # an actor that has not answered by then does not fit its bundl
 STALE_S = 10.0  # for a host to end what a failed trial left it with
 NOT_UP = f"host {{}} did not come up within {START_S:.0f} s: no room?"
 SHORT_S = 0.1  # visits shorter than this are queued two deep, to hide the way to the host, and go several at once
+WORTHWHILE_S = 0.01  # of work that a call is made for, if there is so much: the way there and back takes 2 ms
 
 
 class RayPool:
@@ -48,7 +49,7 @@ class RayPool:
         stale = [load > 0 for load in self.load_of]
         self.queue.clear()
         self.given.clear()
-        self._visits = 0
+        self._visits, self.mean_s = 0, 1.0  # other nets and rows: visits are believed to be long again
         self.load_of, self.thinned, self.events = [0] * len(self.hosts), 1, []
         for at, ref in enumerate([host.load.remote(*self._begin, 1) for host in self.hosts]):
             try:
@@ -99,7 +100,8 @@ class RayPool:
         self._count += 1
         self._visits += work.score is None
         heapq.heappush(self.queue, (priority, self._count, work))
-        self._dispatch()
+        if priority or self.mean_s >= SHORT_S:  # short visits wait until it is known how many there are
+            self._dispatch()
         return work
 
     def _dispatch(self) -> None:
@@ -123,7 +125,9 @@ class RayPool:
         """
         works = [heapq.heappop(self.queue)[2]]
         fair = -(-self._visits // (2 * len(self.hosts)))
-        most = 1 if works[0].alone else min(fair, int(SHORT_S / max(self.mean_s, 1e-6)))
+        idle = max(1, self.load_of.count(0))
+        worthwhile = min(-(-self._visits // idle), int(WORTHWHILE_S / max(self.mean_s, 1e-6)))
+        most = 1 if works[0].alone else min(max(fair, worthwhile), int(SHORT_S / max(self.mean_s, 1e-6)))
         if works[0].score is None:
             while self.queue and len(works) < most and self.queue[0][2].score is None and not self.queue[0][2].alone:
                 works.append(heapq.heappop(self.queue)[2])

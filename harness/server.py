@@ -164,9 +164,9 @@ class Server:
                 parts[f"visit/{visit.client}/{visit.role}"] = self.pool.put(broadcast.personal[visit])
             order = Order(visit, self.round, self.roles[visit.role].net, lr, tuple(parts), roster.work[visit])
             tickets[visit] = self.pool.visit(order, list(parts.values()), self.memories.get(visit))
-        updates = []
+        updates, received = [], bytes_down(broadcast)
         for visit in roster.cohort.visits:
-            down = bytes_down(broadcast, visit)
+            down = received(visit)
             if visit in roster.dropped:
                 self._book_client(lost(visit), down, costs[visit.role])
             elif (update := self._collect(visit, tickets.pop(visit), down, costs[visit.role])) is not None:

@@ -7,6 +7,7 @@ size, so that their bits depend on neither the number of hosts nor on who answer
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -195,13 +196,17 @@ def overlay(own: Mapping[str, Any], shared: Mapping[str, Any]) -> Tree:
 def update_rows(matrix: Tensor, owners: list[int], new: Mapping[int, Mapping[str, Any]]) -> Tensor:
     """The latest tree of each of many owners, one per row [n, P], with the `new` ones in their places.
 
-    owners: whose row is where; it grows by those who had none.
+    owners: whose row is where; it grows by those who had none. The matrix is changed in place where it need not grow.
     """
-    owners += [owner for owner in new if owner not in owners]
-    grown = torch.cat([matrix, matrix.new_empty(len(owners) - len(matrix), matrix.shape[1])])
+    place = {owner: at for at, owner in enumerate(owners)}
+    fresh = [owner for owner in new if owner not in place]
+    place |= {owner: len(owners) + i for i, owner in enumerate(fresh)}
+    owners += fresh
+    if fresh:
+        matrix = torch.cat([matrix, matrix.new_empty(len(fresh), matrix.shape[1])])
     for owner, tree in new.items():
-        grown[owners.index(owner)] = flat(tree)
-    return grown
+        matrix[place[owner]] = flat(tree)
+    return matrix
 
 
 def size(tree: Mapping[str, Any]) -> int:
@@ -222,12 +227,15 @@ def bytes_by_kind(tree: Mapping[str, Any]) -> dict[str, int]:
 
 def finite(tree: Mapping[str, Any]) -> bool:
     """Whether no leaf holds a NaN or an infinity."""
-    return all(bool(torch.isfinite(x).all()) for _, x in leaves(tree) if x.is_floating_point())
+    # A sum is not finite if any member is not. It may also overflow, hence the second look.
+    return all(
+        math.isfinite(x.sum()) or bool(torch.isfinite(x).all()) for _, x in leaves(tree) if x.is_floating_point()
+    )
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """A tree as one flat buffer, which is what Ray ships without copying; `skeleton` has (dtype, shape, offset)."""
+    """A tree as one flat buffer, which is what Ray ships without copying; `skeleton` says what lies where."""
 
     skeleton: dict[str, Any]
     buffer: np.ndarray[Any, np.dtype[np.uint8]]
@@ -242,9 +250,7 @@ class Parcel:
         def leaf(value: Any) -> Any:
             if not isinstance(value, _Slot):
                 return value
-            dtype = getattr(torch, value.dtype)
-            count = int(np.prod(value.shape, dtype=np.int64)) * dtype.itemsize
-            return raw[value.offset : value.offset + count].view(dtype).view(value.shape)
+            return raw[value.start : value.stop].view(getattr(torch, value.dtype)).view(value.shape)
 
         return read(self.skeleton)
 
@@ -253,7 +259,8 @@ class Parcel:
 class _Slot:
     dtype: str
     shape: tuple[int, ...]
-    offset: int
+    start: int  # of its bytes
+    stop: int
 
 
 def parcel(tree: Mapping[str, Any]) -> Parcel:
@@ -267,16 +274,19 @@ def parcel(tree: Mapping[str, Any]) -> Parcel:
         for key, value in part.items():
             if isinstance(value, Tensor):
                 x = value.detach().cpu().contiguous()
-                result[key] = _Slot(str(x.dtype).removeprefix("torch."), tuple(x.shape), end)
+                stop = end + x.numel() * x.element_size()
+                result[key] = _Slot(str(x.dtype).removeprefix("torch."), tuple(x.shape), end, stop)
                 chunks.append((end, x))
-                end += -(-x.numel() * x.element_size() // ALIGN) * ALIGN
+                end = -(-stop // ALIGN) * ALIGN
             else:
                 result[key] = skeleton(value) if isinstance(value, Mapping) else value
         return result
 
     shape = skeleton(tree)
-    buffer = np.zeros(max(end, 1), dtype=np.uint8)  # an empty one has no stride, and no views of other types
+    # An empty one has no stride, and no views of other types.
+    buffer = np.empty(end, dtype=np.uint8) if end else np.zeros(1, dtype=np.uint8)
     for offset, x in chunks:
         raw = x.reshape(-1).view(torch.uint8).numpy()
         buffer[offset : offset + raw.size] = raw
+        buffer[offset + raw.size : -(-(offset + raw.size) // ALIGN) * ALIGN] = 0  # equal trees, equal parcels
     return Parcel(shape, buffer)

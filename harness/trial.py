@@ -19,6 +19,7 @@ from ray import tune
 from harness import RULES_VERSION, __version__, archive, config
 from harness.checkpoint import pack, unpack
 from harness.data import Arrays
+from harness.fit import settle
 from harness.host import InlinePool
 from harness.pool import RayPool
 from harness.refusal import Refused
@@ -41,8 +42,7 @@ class FederatedTrial(tune.Trainable):
 
     def setup(self, job: dict[str, Any], data: dict[str, Any] | None = None) -> None:
         """Begins the first job. data: "execution", "traces", "archive", and references of "arrays" by data set."""
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
+        settle()
         self.data: dict[str, Any] = data or {}
         self.hosts: RayPool | None = None
         self.inline: InlinePool | None = None

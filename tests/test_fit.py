@@ -18,7 +18,7 @@ from harness import nets, trees
 from harness.batches import Rows
 from harness.data import Augment
 from harness.fit import Kind, Optimizer, Streams, Weights, Workbench, descend, visit_batches
-from harness.layers import BUFFERS
+from harness.layers import BUFFERS, channels_last
 from harness.nets import Net
 from harness.protocol import Batch, Inbox, Phase
 from harness.trees import Tree
@@ -45,14 +45,14 @@ def batches(count: int, rows: int = 6) -> list[Batch]:
 
 
 def plain(net: Net, start: Tree, data: list[Batch], optimizer: str, **settings: Any) -> Tree:
-    """The same training as anybody would write it: a module, an optimizer of torch's, a loop."""
+    """The same training written by hand: a module, images as convolutions like them, torch's optimizer."""
     module = net.module()
     module.load_state_dict({path.replace("/", "."): x for path, x in trees.leaves(start)}, strict=False)
     make: Any = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer]
     rule = make(module.parameters(), foreach=False, **settings)
     for batch in data:
         rule.zero_grad()
-        F.cross_entropy(module(batch.x), batch.y).backward()
+        F.cross_entropy(module(channels_last(batch.x)), batch.y).backward()
         rule.step()
     named = iter([(path, module.state_dict()[path.replace("/", ".")]) for path, _ in trees.leaves(start)])
     return trees.tree_map(lambda x: next(named)[1], start)
@@ -221,7 +221,7 @@ def test_a_fit_on_the_bench_is_torchs_adam_under_a_cosine() -> None:
     for step, batch in enumerate(data):
         rule.param_groups[0]["lr"] = 1e-3 * (0.5 + 0.5 * math.cos(math.pi * step / 6))
         rule.zero_grad()
-        F.cross_entropy(module(batch.x), batch.y).backward()
+        F.cross_entropy(module(channels_last(batch.x)), batch.y).backward()
         rule.step()
     assert all(torch.equal(x, module.state_dict()[path.replace("/", ".")]) for path, x in trees.leaves(fitted))
     assert (at.steps, at.samples) == (6, 36)

@@ -28,10 +28,23 @@ ORDER = """
     desk population ledger portrait projection tracking scribe referee errands sweep costs outlook
     places inference metrics cells caveats statistics verdicts tables sheets typeset plots diagrams board
     series arrangement views scores gallery page live
-    terminal printout progress catalogue watch rig probes check show preview claims audit repeat verify cli
+    terminal printout progress catalogue watch rig probes check show preview claims audit repeat verify
+    floor stand timings bench cli
 """.split()  # noqa: SIM905
 ONLY_IN = {
-    "ray": {"actors", "pool", "archive", "trial", "cluster", "scribe", "referee", "errands", "sweep"},
+    "ray": {
+        "actors",
+        "pool",
+        "archive",
+        "trial",
+        "cluster",
+        "scribe",
+        "referee",
+        "errands",
+        "sweep",
+        "stand",
+        "timings",
+    },
     "pyarrow": {"parquet", "compaction", "repair"},
     "mlflow": {"projection"},
 }

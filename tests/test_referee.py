@@ -49,8 +49,8 @@ def test_what_was_worse_than_the_others_is_stopped(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", ["median", "asha"])
 def test_the_past_is_remembered_and_not_judged_again(rule: str) -> None:
-    """A known trial that today's rule would have stopped, and one that goes on from a checkpoint with rounds behind it
-    in which it was the worst: neither is taken for a trial that reports although it was stopped.
+    """A known trial that today's rule would have stopped, and one that goes on from a checkpoint with rounds behind
+    it in which it was the worst: neither is taken for a trial that reports although it was stopped.
     """
     judge = referee(rule, {"a": GOOD, "b": GOOD, "worst": BAD}, "late")
     assert told(judge, "late", (0.1, 0.1, 0.1, 0.95)) == "CONTINUE"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from algorithms.fedavg import FedAvg
 from harness import trees
+from harness.layers import channels_last
 from harness.protocol import Cohort
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def test_one_client_is_plain_sgd_bit_for_bit(lab: Lab, net: str) -> None:
         for _ in range(2):
             for index in torch.randperm(30, generator=order).split(8):
                 rule.zero_grad()
-                F.cross_entropy(module(x[index]), y[index]).backward()
+                F.cross_entropy(module(channels_last(x[index])), y[index]).backward()
                 rule.step()
     expected: dict[str, Tensor] = module.state_dict()
     found = {path.replace("/", "."): leaf for path, leaf in trees.leaves(server.state["params"])}
