@@ -75,7 +75,7 @@ if __name__ == "__main__":
         client_app(told.folder, told.threads, told.layout),
         work.clients,
         backend_config={
-            "init_args": {"num_cpus": told.processes * told.threads},
+            "init_args": {"address": "local", "num_cpus": told.processes * told.threads},
             "client_resources": {"num_cpus": told.threads, "num_gpus": 0.0},
         },
     )

@@ -5,8 +5,7 @@
 Runs in fedstill's own environment. Each peer has one of its own, made on demand from its pinned requirements, since
 their versions of Ray clash. Every simulator begins with the same parameters and has the same rows on the same
 clients; which clients come when, and in which order they see their rows, is its own business. Each is tried in
-several ways (processes, threads, memory format of images and net) in the first turn; the fastest goes on, and only it
-is reported.
+several ways first (processes, threads, memory format of images and net) and then measured in the fastest.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,14 +22,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from deal import MEASURED, SETTINGS, WARM, deal, trial_of
-from table import OURS, Measured, best, check, table
+from table import OURS, Measured, check, table
 
 from harness.refusal import Refused, unknown
 
 HERE = Path(__file__).resolve().parent
 CORES = len(os.sched_getaffinity(0))
+TRIED = 3  # rounds, after those that warm up, by which a way to run is chosen
+LONGEST_S = 3600  # for one run; a simulator that waits for ever is ended
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def environment(peer: Peer, folder: Path) -> Path:
     return home / "bin" / "python"
 
 
-def drive(python: Path, peer: Peer, way: Way, folder: Path, rounds: int) -> dict[str, object]:
+def drive(python: Path, peer: Peer, way: Way, folder: Path, rounds: int) -> dict[str, Any]:
     """Runs a driver once; what it wrote."""
     out = folder / "out.json"
     out.unlink(missing_ok=True)
@@ -94,39 +97,43 @@ def drive(python: Path, peer: Peer, way: Way, folder: Path, rounds: int) -> dict
     if peer.torchrun and way.processes > 1:
         run += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={way.processes}"]
     _quiet([*run, HERE / peer.driver, folder, "--rounds", str(rounds), *how, "--out", out])
-    found: dict[str, object] = json.loads(out.read_text())
+    found: dict[str, Any] = json.loads(out.read_text())
     return found
 
 
 def _quiet(command: Sequence[object]) -> None:
     """Runs a command; what it says is seen only if it fails."""
-    done = subprocess.run(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    words, told = [str(word) for word in command], subprocess.PIPE
+    done = subprocess.run(words, stdout=told, stderr=subprocess.STDOUT, text=True, timeout=LONGEST_S)
     if done.returncode:
         raise RuntimeError(f"{Path(str(command[0])).name} ended with {done.returncode}:\n{done.stdout[-4000:]}")
+
+
+def fastest(name: str, python: Path, peer: Peer, folder: Path) -> Way:
+    """The way to run a simulator that is the best for this work."""
+    tried = {}
+    for way in peer.ways if len(peer.ways) > 1 else ():
+        seconds: list[float] = drive(python, peer, way, folder, WARM + TRIED)["seconds"]
+        tried[way] = statistics.median(seconds[WARM:])
+        print(f"{name} ({way}): {tried[way]:.3f} s", flush=True)
+    return min(tried, key=tried.__getitem__, default=peer.ways[0])
 
 
 def measure(setting: str, peers: dict[str, tuple[Path, Peer]], turns: int, folder: Path) -> list[Measured]:
     """All simulators in one setting, one after the other, again and again."""
     deal(trial_of(setting), folder)
-    found: dict[tuple[str, Way], Measured] = {}
-    trying = {name: peer.ways for name, (_, peer) in peers.items()}
+    ways = {name: fastest(name, python, peer, folder) for name, (python, peer) in peers.items()}
+    found = {name: Measured(setting, name, str(way), [], []) for name, way in ways.items()}
     for turn in range(turns):
         for name, (python, peer) in peers.items():
-            for way in trying[name]:
-                told = drive(python, peer, way, folder, WARM + MEASURED[setting])
-                before = found.get((name, way), Measured(setting, name, str(way), [], []))
-                seconds, accuracy = told["seconds"], told["accuracy"]
-                found[name, way] = now = replace(
-                    before,
-                    seconds=[*before.seconds, seconds[WARM:]],
-                    accuracy=[*before.accuracy, accuracy[-1]],
-                    versions=told["versions"],
-                )
-                last = sorted(now.seconds[-1])
-                print(f"{setting} turn {turn + 1}: {name} ({way}): {last[len(last) // 2]:.3f} s", flush=True)
-            trying[name] = (min(trying[name], key=lambda way: found[name, way].median),)
+            told = drive(python, peer, ways[name], folder, WARM + MEASURED[setting])
+            found[name] = now = replace(
+                found[name],
+                seconds=[*found[name].seconds, told["seconds"][WARM:]],
+                accuracy=[*found[name].accuracy, told["accuracy"][-1]],
+                versions=told["versions"],
+            )
+            print(f"{setting}, turn {turn + 1}: {name} {statistics.median(now.seconds[-1]):.3f} s", flush=True)
     return list(found.values())
 
 
@@ -178,12 +185,11 @@ def main() -> None:
             found += from_checkouts(setting, checkouts, told.turns, Path(folder))
         raw = {"machine": where, "ended": time.strftime("%F %T"), "measured": [asdict(one) for one in found]}
         (told.out / "raw.json").write_text(json.dumps(raw, indent=1))
-    shown = best(found)
     command = " ".join(["python benchmarks/peers/run.py", *names, *(f"--setting {s}" for s in settings)])
-    text = f"{table(shown)}\n{where}. {command} --turns {told.turns}\n"
+    text = f"{table(found)}\n{where}. {command} --turns {told.turns}\n"
     (told.out / "table.md").write_text(text)
     print(text)
-    check(shown)
+    check(found)
 
 
 if __name__ == "__main__":

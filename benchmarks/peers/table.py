@@ -41,16 +41,6 @@ class Measured:
         return statistics.median(self.rounds)
 
 
-def best(found: Sequence[Measured]) -> list[Measured]:
-    """Of each simulator in each setting the fastest way."""
-    kept: dict[tuple[str, str], Measured] = {}
-    for one in found:
-        key = one.setting, one.peer
-        if key not in kept or one.median < kept[key].median:
-            kept[key] = one
-    return list(kept.values())
-
-
 def check(found: Sequence[Measured]) -> None:
     """Raises OtherWork where a simulator that does the same work has another accuracy than ours, turn by turn."""
     ours = {one.setting: one for one in found if one.peer == OURS}
