@@ -7,8 +7,9 @@ workers' memory from their first visit on.
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # read when flwr is imported
 
@@ -18,9 +19,19 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from work import Log, Work, asked, versions
+from work import Log, Work, asked, once, versions
 
-once = lru_cache(Work)  # in each process
+
+class Strict(FedAvg):
+    """FedAvg that doesn't go on without the clients that failed, as Flower's does."""
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        """The mean, of all or none."""
+        came = list(replies)
+        for reply in came:
+            if reply.has_error():
+                raise RuntimeError(f"a client failed: {reply.error.reason}")
+        return super().aggregate_train(server_round, came)
 
 
 def client_app(folder: Path, threads: int, layout: str) -> ClientApp:
@@ -55,7 +66,7 @@ def server_app(work: Work, rounds: int, log: Log) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        strategy = FedAvg(
+        strategy = Strict(
             fraction_train=work.cohort / work.clients,
             fraction_evaluate=0.0,
             min_train_nodes=work.cohort,

@@ -46,7 +46,7 @@ def check(found: Sequence[Measured]) -> None:
     ours = {one.setting: one for one in found if one.peer == OURS}
     for one in found:
         for theirs, own in zip(one.accuracy, ours[one.setting].accuracy, strict=True) if one.same else ():
-            if theirs is None or own is None or abs(theirs - own) > APART:
+            if theirs is None or own is None or not abs(theirs - own) <= APART:  # nor if it is no number
                 raise OtherWork(f"{one.peer}, {one.setting}: accuracy {theirs}, ours is {own}: not the same work?")
 
 

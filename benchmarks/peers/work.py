@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,12 @@ class Work:
         with torch.no_grad():
             parts = zip(x.split(SCORED), y.split(SCORED), strict=True)
             return sum(int((net(part).argmax(1) == truth).sum()) for part, truth in parts) / len(y)
+
+
+@cache
+def once(folder: Path, layout: str) -> Work:
+    """The work, read once in each process."""
+    return Work(folder, layout)
 
 
 @dataclass
