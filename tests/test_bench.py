@@ -41,7 +41,7 @@ def floor(method: str, layout: Any = "channels_last") -> FedAvgFloor:
 
 @pytest.mark.parametrize("method", FLOORS)
 def test_a_floor_trains_and_serves(method: str) -> None:
-    """After 20 visits to clients in turn, each from where the last one ended, it knows more than half of the digits."""
+    """After 20 visits to clients in turn, each from where the last one ended, it knows more than half the digits."""
     made = floor(method)
     assert made.evaluate(0, 1) < 120
     for visit in range(20):
