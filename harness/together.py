@@ -87,8 +87,11 @@ class _Stack:
         gradient = torch.cat([x.reshape(len(batches), -1) for _, x in leaves(slopes)], 1)
         ragged = len(set(sizes)) > 1
         if ragged in self.unseen:
-            self.unseen.discard(ragged)
-            at = sizes.index(min(sizes))
+            # What a batch is filled up with is its last row: of one row that leaves any mean as it is.
+            telling = [size for size in sizes if 1 < size < max(sizes)]
+            if telling or not ragged:
+                self.unseen.discard(ragged)
+            at = sizes.index(min(telling or sizes))
             self._compare(at, batches[at], gradient[at], {name: metric[at] for name, metric in seen.items()})
         self.rule.move(self.matrix, gradient, self.velocity, 1.0)
         return {name: metric.detach() for name, metric in seen.items()}
