@@ -103,14 +103,14 @@ class FedGen(FedAvg):
 
     def loss(self, net: Net, p: Tree, batch: Batch, inbox: Inbox, memory: Tree) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy, then both terms. A term of B_G rows weighs B_G / B."""
-        logits, extra = net(p, batch.x), batch.extra
-        value = cross_entropy(logits, batch.y, batch.mask)
+        logits, extra, mask = net(p, batch.x), batch.extra, batch.mask
+        value = cross_entropy(logits, batch.y, mask)
         if inbox.get("gen"):
-            told, label = net.classify(p, extra["made"]), extra["label"]
-            value = value + inbox["gen"] * len(label) / len(batch.y) * cross_entropy(told, label)
+            told, label, own = net.classify(p, extra["made"]), extra["label"], None if self.generated_batch else mask
+            value = value + inbox["gen"] * len(label) / len(batch.y) * cross_entropy(told, label, own)
         if inbox.get("kl"):
-            value = value + inbox["kl"] * kl(net.classify(p, extra["same"]).detach(), logits, mask=batch.mask)
-        return value, {"drawn": by_label(logits.detach()[:, :0], batch.y, net.classes, batch.mask)[:, 0]}
+            value = value + inbox["kl"] * kl(net.classify(p, extra["same"]).detach(), logits, mask=mask)
+        return value, {"drawn": by_label(logits.detach()[:, :0], batch.y, net.classes, mask)[:, 0]}
 
     def reply(self, trained: Trained) -> tuple[Tree, Tree]:
         """The shared part and how often each label was drawn."""

@@ -14,11 +14,11 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from harness.evaluate import Counts
 from harness.host import ClientHost
 from harness.trees import Parcel, parcel
-from harness.work import Order, Personal, Report, Setup, Shard, WorkFailed, said
+from harness.work import Answer, Asked, Order, Personal, Report, Setup, Shard, WorkFailed, said
 
 GONE = (RayActorError, OutOfMemoryError)  # the host is no more; the second one: Ray's memory monitor ended it
 # An order, the places of the parts of its inbox, and that of its client's memory, if it has one.
-Asked: TypeAlias = tuple[Order, tuple[int, ...], int | None]
+Placed: TypeAlias = tuple[Order, tuple[int, ...], int | None]
 SHORT = (OutOfMemoryError, torch.cuda.OutOfMemoryError, MemoryError)
 
 
@@ -38,25 +38,30 @@ class HostActor:
             self._arrays = (arrays[0], ray.get(arrays[0]))
         self.host.load(replace(setup, arrays=self._arrays[1]))
 
-    def visits(self, asked: Sequence[Asked], *sent: Parcel) -> list[Any]:
-        """Visits, one after the other: a list with a report and a payload for each, and behind it their memories,
-        each stored apart, so that none is ever moved to the server. A visit that raises has `WorkFailed` instead of
-        both. asked: orders with the places of their inboxes and memories among what was `sent`.
+    def visits(self, asked: Sequence[Sequence[Placed]], *sent: Parcel) -> list[Any]:
+        """Groups of visits, one after the other: a list with a report and a payload for each visit of each group, and
+        behind it all memories, each stored apart, so that none is ever moved to the server. A visit that raises has
+        `WorkFailed` instead of both. asked: orders with the places of inboxes and memories among what was `sent`.
         """
-        answers: list[tuple[Report, Parcel] | WorkFailed] = []
+        answers: list[list[tuple[Report, Parcel] | WorkFailed]] = []
         memories: list[Parcel | None] = []
-        for order, parts, memory in asked:
-            try:
-                before = None if memory is None else sent[memory]
-                report, payload, after = self.host.visit(order, [sent[at] for at in parts], before)
-                answers.append((report, parcel(payload)))
-                memories.append(parcel(after))
-            except SHORT:
-                raise
-            except Exception as error:
-                answers.append(WorkFailed(said(error)))
-                memories.append(None)
+        for group in asked:
+            done = self._group(
+                [(o, [sent[at] for at in parts], None if m is None else sent[m]) for o, parts, m in group]
+            )
+            answers.append([one if isinstance(one, WorkFailed) else (one[0], parcel(one[1])) for one in done])
+            memories += [None if isinstance(one, WorkFailed) else parcel(one[2]) for one in done]
         return [answers, *memories]
+
+    def _group(self, group: Sequence[Asked]) -> Sequence[Answer | WorkFailed]:
+        if len(group) > 1:
+            return self.host.visits(group)
+        try:
+            return [self.host.visit(*group[0])]
+        except SHORT:
+            raise
+        except Exception as error:
+            return [WorkFailed(said(error))]
 
     def score(self, what: Shard | Personal, params: Parcel) -> Counts:
         """One piece of the evaluation."""

@@ -31,7 +31,7 @@ from harness.sections import (
 from harness.settings import Settings, Unfit, check
 
 Scalar: TypeAlias = bool | int | float | str | None
-LATER = ("faults", "schedule")
+LATER = ("faults", "schedule", "together")
 __all__ = [
     "Availability",
     "Evaluation",
@@ -68,6 +68,7 @@ class Trial(Settings):
     availability: Availability = Availability()
     fleet: Fleet = Fleet()
     local: Local = Local()
+    together: Annotated[int, Field(ge=1, le=10**4)] = 1  # visits of a role trained at once, which rounds otherwise
     evaluation: Evaluation = Evaluation()
     faults: Faults = Faults()
     schedule: Annotated[tuple[Text, ...], Field(strict=False)] = ()  # changes on the way, see `harness.schedule`

@@ -10,7 +10,7 @@ from statistics import fmean
 from harness.checkpoint import KEPT
 from harness.cohorts import draw_cohort, draw_roster
 from harness.config import Trial
-from harness.host import InlinePool
+from harness.inline import InlinePool
 from harness.protocol import Cohort
 from harness.server import Server
 from harness.tryout import Round, Sample

@@ -26,6 +26,8 @@ from harness.trees import Tree, leaves, stream, tree_map
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 KEPT_BYTES = 2**29
 StepLoss = Callable[[Tree, Batch], tuple[Tensor, dict[str, Tensor]]]
+# `Algorithm.loss`: of a net, its parameters, a batch, an inbox and a memory
+VisitLoss = Callable[[Net, Tree, Batch, Inbox, Tree], tuple[Tensor, dict[str, Tensor]]]
 Kind = Literal["sgd", "adam"]
 
 
@@ -42,7 +44,7 @@ def settle(threads: int = 1) -> None:
             mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
-def _trained(path: str, x: Tensor) -> bool:
+def trains(path: str, x: Tensor) -> bool:
     """BatchNorm's running statistics and integers are part of a tree, but no gradient moves them."""
     return x.is_floating_point() and not path.endswith(BUFFERS)
 
@@ -52,7 +54,7 @@ class Weights:
 
     def __init__(self, tree: Tree) -> None:
         named = list(leaves(tree))
-        trained = [x for path, x in named if _trained(path, x)]
+        trained = [x for path, x in named if trains(path, x)]
         self.vector = torch.cat([x.detach().reshape(-1) for x in trained])
         self.gradient = torch.zeros_like(self.vector)
         sizes = [x.numel() for x in trained]
@@ -64,7 +66,7 @@ class Weights:
             made.append(leaf)
         fill = iter(made)
         names = iter(named)  # leaves() and tree_map() walk in the same order
-        self.tree = tree_map(lambda x: next(fill) if _trained(*next(names)) else x.detach().clone(), tree)
+        self.tree = tree_map(lambda x: next(fill) if trains(*next(names)) else x.detach().clone(), tree)
 
     def result(self) -> Tree:
         """The tree as it is now, without gradients. Shares memory with this object: use it once training is over."""
@@ -93,12 +95,17 @@ class Optimizer:
             kept.update({"step": torch.zeros(()), **zeros, **kept})
             return lambda factor: self._adapt(weights.vector, weights.gradient, kept, factor)
         velocity = torch.zeros_like(weights.vector) if self.momentum else None
-        return lambda factor: self._descend(weights.vector, weights.gradient, velocity, factor)
+        return lambda factor: self.move(weights.vector, weights.gradient, velocity, factor)
 
-    def _descend(self, w: Tensor, g: Tensor, velocity: Tensor | None, factor: float) -> None:
+    def during(self, phase: Phase) -> Optimizer:
+        """The same at the rate of a phase."""
+        return replace(self, lr=self.lr * phase.lr_factor)
+
+    def move(self, w: Tensor, g: Tensor, velocity: Tensor | None, factor: float) -> None:
+        """A step of descent, in place: of a vector w [P], or of the rows of a matrix [K, P], each for itself."""
         with torch.no_grad():
             if self.clip:
-                g.mul_(torch.clamp(self.clip / (g.norm() + 1e-6), max=1.0))
+                g.mul_(torch.clamp(self.clip / (g.norm(dim=-1, keepdim=True) + 1e-6), max=1.0))
             if self.weight_decay:
                 g.add_(w, alpha=self.weight_decay)
             if velocity is not None:
@@ -126,6 +133,12 @@ class Fitted:
     steps: int
     samples: int
     metrics: dict[str, Tensor]
+
+    def then(self, more: Fitted) -> Fitted:
+        """This stretch and the next one as one."""
+        names = {**self.metrics, **more.metrics}
+        metrics = {n: torch.cat([f.metrics[n] for f in (self, more) if n in f.metrics]) for n in names}
+        return Fitted(more.tree, self.steps + more.steps, self.samples + more.samples, metrics)
 
 
 def descend(
@@ -197,6 +210,29 @@ def visit_batches(
             extra = method.teach(net, x, inbox, memory)
         rows_now = Batch(x, rows.y[index], {**extra, "row": index}, phase=phase.name)
         yield method.draw(net, rows_now, inbox, memory, streams.draw)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A visit's local training, ready to begin. begin: winds its streams back; then phase -> batches of the phase."""
+
+    net: Net
+    start: Tree
+    inbox: Inbox
+    memory: Tree
+    phases: tuple[Phase, ...]
+    begin: Callable[[], Callable[[Phase], Iterable[Batch]]]
+
+
+def train(one: Training, loss: VisitLoss, rule: Optimizer) -> Fitted:
+    """The phases of a visit, one after the other. loss: a method's; rule: the optimizer at the round's rate."""
+    batches, fitted = one.begin(), Fitted(one.start, 0, 0, {})
+    for phase in one.phases:
+        more = descend(
+            fitted.tree, lambda p, b: loss(one.net, p, b, one.inbox, one.memory), batches(phase), rule.during(phase)
+        )
+        fitted = fitted.then(more)
+    return fitted
 
 
 @dataclass

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from harness import together
 from harness.batches import Rows, ready, rotate
 from harness.data import Arrays, card
 from harness.evaluate import Counts, count_logits
-from harness.fit import Fitted, Optimizer, Streams, Workbench, descend, settle, visit_batches
-from harness.nets import Net
+from harness.fit import Fitted, Optimizer, Streams, Training, Workbench, settle, train, visit_batches
 from harness.partitions import shift
-from harness.protocol import Inbox, Trained
+from harness.protocol import Batch, Inbox, Phase, Trained, Visit
 from harness.trees import Parcel, Tree, bytes_by_kind, finite, numpy_stream, to
 from harness.work import (
     Answer,
-    Event,
+    Asked,
     Order,
     Personal,
     Report,
@@ -29,13 +30,23 @@ from harness.work import (
     Shard,
     Stages,
     WorkFailed,
-    event,
     proxy_rows,
     said,
 )
 
 T = TypeVar("T")
 SCORED = 128  # rows at a time
+SHORT = (torch.cuda.OutOfMemoryError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A visit about to train. seconds: what it took so far."""
+
+    order: Order
+    bench: Workbench
+    training: Training
+    seconds: float
 
 
 class ClientHost:
@@ -66,6 +77,40 @@ class ClientHost:
 
     def visit(self, order: Order, parts: Sequence[Tree | Parcel], memory: Tree | Parcel | None) -> Answer:
         """One client's round: inbox and memory in, report, payload and next memory out."""
+        begun = self._begin(order, parts, memory)
+        started = time.perf_counter()
+        fitted = train(begun.training, self.method.loss, self._rule(order))
+        return self._end(begun, fitted, time.perf_counter() - started)
+
+    def visits(self, asked: Sequence[Asked]) -> list[Answer | WorkFailed]:
+        """Several visits of a round and a role, those of one kind trained at once (see `together`).
+
+        The answers are a function of all that is asked here, who raises included: what one visit raises before or
+        behind its training leaves the others at theirs, and a group in whose training something raises is trained
+        one by one. Only a shortage of memory, which would be another one elsewhere, is raised.
+        """
+        begun = [caught(partial(self._begin, *one)) for one in asked]
+        ready = [one for one in begun if isinstance(one, Begun)]
+        found: dict[Visit, Answer | WorkFailed] = {}
+        for places in together.groups([one.training for one in ready]):
+            group = [ready[at] for at in places]
+            started = time.perf_counter()
+            fitted = self._train(group)
+            seconds = (time.perf_counter() - started) / len(group)
+            for one, done in zip(group, fitted, strict=True):
+                end = done if isinstance(done, WorkFailed) else caught(partial(self._end, one, done, seconds))
+                found[one.order.visit] = end
+        return [found[one.order.visit] if isinstance(one, Begun) else one for one in begun]
+
+    def _train(self, group: Sequence[Begun]) -> list[Fitted | WorkFailed]:
+        loss, rule = self.method.loss, self._rule(group[0].order)
+        if len(group) > 1:
+            stacked = caught(partial(together.train, [one.training for one in group], loss, rule))
+            if not isinstance(stacked, WorkFailed):
+                return [*stacked]
+        return [caught(partial(train, one.training, loss, rule)) for one in group]
+
+    def _begin(self, order: Order, parts: Sequence[Tree | Parcel], memory: Tree | Parcel | None) -> Begun:
         started = time.perf_counter()
         self._enter(order.round)
         net, received = self.world.net(order.net), self._inbox(order, parts)
@@ -73,10 +118,24 @@ class ClientHost:
         before = self._tree(self.method.remember(net, received, bench.rng("memory")) if memory is None else memory)
         start = self.method.start(net, received, before)
         inbox = self.method.prepare(net, received, before, bench)
-        fitted = self._train(net, start, inbox, before, bench, order)
+        phases = self.method.plan(self.world, inbox, before)
+
+        def begin() -> Callable[[Phase], Iterable[Batch]]:
+            streams, local = Streams(*(bench.rng(name) for name in ("order", "augment", "draw"))), self.trial.local
+            return lambda phase: visit_batches(
+                self.method, net, inbox, before, phase, bench.sources[phase.source](), streams,
+                batch=local.batch, epochs=local.epochs, work=order.work, drop_last=local.drop_last,
+            )  # fmt: skip
+
+        return Begun(order, bench, Training(net, start, inbox, before, phases, begin), time.perf_counter() - started)
+
+    def _end(self, begun: Begun, fitted: Fitted, seconds: float) -> Answer:
+        """What a visit answers. seconds: that its training took."""
+        started = time.perf_counter()
+        order, bench, one = begun.order, begun.bench, begun.training
         samples = len(self.setup.split.clients[order.visit.client])
         trained = Trained(
-            order.visit, order.round, net, start, fitted.tree, inbox, before,
+            order.visit, order.round, one.net, one.start, fitted.tree, one.inbox, one.memory,
             samples, fitted.steps, order.lr, self.trial.local.momentum, fitted.metrics, bench,
         )  # fmt: skip
         payload, after = self.method.reply(trained)
@@ -87,7 +146,7 @@ class ClientHost:
             seen=fitted.samples + bench.samples,
             metrics={name: float(m.double().mean()) for name, m in fitted.metrics.items() if m.dim() == 1},
             up_kinds=bytes_by_kind(payload),
-            seconds=time.perf_counter() - started,
+            seconds=begun.seconds + seconds + time.perf_counter() - started,
             finite=finite(payload) and finite(after),
             read_proxy=bench.read_proxy,
             extra=bench.steps,
@@ -165,20 +224,9 @@ class ClientHost:
         )
         return bench
 
-    def _train(self, net: Net, start: Tree, inbox: Inbox, memory: Tree, bench: Workbench, order: Order) -> Fitted:
+    def _rule(self, order: Order) -> Optimizer:
         local = self.trial.local
-        streams = Streams(*(bench.rng(name) for name in ("order", "augment", "draw")))
-        fitted = Fitted(start, 0, 0, {})
-        for phase in self.method.plan(self.world, inbox, memory):
-            rows = bench.sources[phase.source]()
-            batches = visit_batches(
-                self.method, net, inbox, memory, phase, rows, streams,
-                batch=local.batch, epochs=local.epochs, work=order.work, drop_last=local.drop_last,
-            )  # fmt: skip
-            rule = Optimizer("sgd", order.lr * phase.lr_factor, local.momentum, local.weight_decay, local.clip)
-            more = descend(fitted.tree, lambda p, b: self.method.loss(net, p, b, inbox, memory), batches, rule)
-            fitted = _join(fitted, more)
-        return fitted
+        return Optimizer("sgd", order.lr, local.momentum, local.weight_decay, local.clip)
 
     def _tree(self, tree: Tree | Parcel) -> Tree:
         return tree.open(self.device) if isinstance(tree, Parcel) else to(tree, self.device)
@@ -208,58 +256,11 @@ class ClientHost:
         return Rows(x, self.y_train[index], how if wanted else None)
 
 
-def _join(first: Fitted, second: Fitted) -> Fitted:
-    """Two stretches of training as one."""
-    names = {**first.metrics, **second.metrics}
-    metrics = {n: torch.cat([f.metrics[n] for f in (first, second) if n in f.metrics]) for n in names}
-    return Fitted(second.tree, first.steps + second.steps, first.samples + second.samples, metrics)
-
-
-class InlinePool:
-    """One host in this very process. Work is done when it is given."""
-
-    def __init__(self, device: str = "cpu", threads: int = 1) -> None:
-        self.host = ClientHost(device, threads)
-        self.events: list[Event] = []
-
-    def load(self, setup: Setup) -> None:
-        """Begins a trial."""
-        self.events = []
-        self.host.load(setup)
-
-    def put(self, tree: Tree) -> Tree:  # noqa: D102
-        return tree
-
-    def fetch(self, handle: Tree) -> Tree:  # noqa: D102
-        return handle
-
-    def visit(self, order: Order, parts: Sequence[Tree], memory: Tree | None) -> Answer | WorkFailed:
-        """A visit; what it raises is kept until it is asked for."""
-        try:
-            return self._twice(partial(self.host.visit, order, parts, memory), order.round, order.visit.client)
-        except Exception as error:
-            return WorkFailed(said(error)).with_traceback(error.__traceback__)
-
-    def answer(self, ticket: Answer | WorkFailed) -> Answer:  # noqa: D102
-        if isinstance(ticket, WorkFailed):
-            raise ticket
-        return ticket
-
-    def score(self, what: Shard | Personal, params: Tree) -> Counts:  # noqa: D102
-        return self._twice(partial(self.host.score, what, params), None, None)
-
-    def counts(self, ticket: Counts) -> Counts:  # noqa: D102
-        return ticket
-
-    def drain(self) -> list[Event]:  # noqa: D102
-        found, self.events = self.events, []
-        return found
-
-    def _twice(self, work: Callable[[], T], round: int | None, client: int | None) -> T:
-        """Work that finds no room on the GPU is done once more, after all that can be made again was let go."""
-        try:
-            return work()
-        except torch.cuda.OutOfMemoryError as error:
-            self.events.append(event("out_of_memory", f"{said(error)}; tried again", round, client))
-        self.host.relax()  # only here: until the error is forgotten it holds the tensors of its frames
+def caught(work: Callable[[], T]) -> T | WorkFailed:
+    """What work gives, or what it raised; a shortage of memory is raised."""
+    try:
         return work()
+    except SHORT:
+        raise
+    except Exception as error:
+        return WorkFailed(said(error)).with_traceback(error.__traceback__)

@@ -66,7 +66,7 @@ def channels_last(x: Tensor) -> Tensor:
         return x
     if x.shape[1] == 1:  # either order is the same memory; torch would go by the strides, and take the other one
         return x.as_strided(x.shape, (x.stride(0), 1, x.stride(2), x.stride(3)))
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # `contiguous(memory_format=...)` has no vmap
 
 
 def compiled(layer: nn.Module, at: str = "") -> Op:

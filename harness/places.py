@@ -11,7 +11,13 @@ from harness.record import Row, flatten
 
 AVERAGED = ("method", "seed", "cohort")  # config keys that make no setting
 # Settings that came later and count only where they are set: rows from before lack them.
-LATER = {"schedule": [], "faults.nonfinite": "fail", "faults.client": "fail", "faults.empty_rounds": 10}
+LATER = {
+    "schedule": [],
+    "faults.nonfinite": "fail",
+    "faults.client": "fail",
+    "faults.empty_rounds": 10,
+    "together": 1,
+}
 SEARCHED = "searched"  # stands for a value that a search has found
 
 

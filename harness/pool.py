@@ -6,7 +6,7 @@ import heapq
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
@@ -16,13 +16,14 @@ from harness.calls import Call, Work, give
 from harness.config import Execution
 from harness.evaluate import Counts
 from harness.trees import Parcel, Tree, parcel
-from harness.work import Event, Order, Personal, Report, Setup, Shard, WorkFailed, event, said
+from harness.work import Asked, Event, Order, Personal, Report, Setup, Shard, WorkFailed, event, said
 
 START_S = 120.0  # an actor that has not answered by then does not fit its bundle: Ray would wait without a word
 STALE_S = 10.0  # for a host to end what a failed trial left it with
 NOT_UP = f"host {{}} did not come up within {START_S:.0f} s: no room?"
 SHORT_S = 0.1  # visits shorter than this are queued two deep, to hide the way to the host, and go several at once
 WORTHWHILE_S = 0.01  # of work that a call is made for, if there is so much: the way there and back takes 2 ms
+Ticket: TypeAlias = tuple[Work, int]  # a piece of work, and which of its visits
 
 
 class RayPool:
@@ -70,20 +71,30 @@ class RayPool:
         box: Parcel = ray.get(handle)
         return box.open()
 
-    def visit(self, order: Order, parts: Sequence[Any], memory: Any | None) -> Work:
+    def visit(self, order: Order, parts: Sequence[Any], memory: Any | None) -> Ticket:
         """Queues a visit."""
-        client = order.visit.client
-        return self._queue(0, Work("a visit", order.round, client, order=order, parts=parts, memory=memory))
+        return self.visits([(order, parts, memory)])[0]
+
+    def visits(self, asked: Sequence[Asked]) -> list[Ticket]:
+        """Queues visits that stay together."""
+        order, many = asked[0][0], len(asked)
+        name, client = ("a visit", order.visit.client) if many == 1 else (f"a group of {many} visits", None)
+        work = self._queue(0, Work(name, order.round, client, asked=asked))
+        return [(work, at) for at in range(many)]
 
     def score(self, what: Shard | Personal, params: Any) -> Work:
         """Queues a piece of the evaluation behind all visits."""
         round, client = (what.round, what.visit.client) if isinstance(what, Personal) else (None, None)
         return self._queue(1, Work("scoring", round, client, lambda host: host.score.remote(what, params)))
 
-    def answer(self, ticket: Work) -> tuple[Report, Tree, Any]:
+    def answer(self, ticket: Ticket) -> tuple[Report, Tree, Any]:
         """Waits for a visit."""
-        report, payload, memory = self._wait(ticket)
-        ticket.found = None
+        work, at = ticket
+        found = self._wait(work)[at]
+        work.found[at] = None
+        if isinstance(found, WorkFailed):
+            raise found
+        report, payload, memory = found
         return report, payload.open(), memory
 
     def counts(self, ticket: Work) -> Counts:
@@ -98,7 +109,7 @@ class RayPool:
 
     def _queue(self, priority: int, work: Work) -> Work:
         self._count += 1
-        self._visits += work.score is None
+        self._visits += len(work.asked)
         heapq.heappush(self.queue, (priority, self._count, work))
         if priority or self.mean_s >= SHORT_S:  # short visits wait until it is known how many there are
             self._dispatch()
@@ -129,9 +140,13 @@ class RayPool:
         worthwhile = min(-(-self._visits // idle), int(WORTHWHILE_S / max(self.mean_s, 1e-6)))
         most = 1 if works[0].alone else min(max(fair, worthwhile), int(SHORT_S / max(self.mean_s, 1e-6)))
         if works[0].score is None:
-            while self.queue and len(works) < most and self.queue[0][2].score is None and not self.queue[0][2].alone:
+            size = len(works[0].asked)
+            while (
+                self.queue and (work := self.queue[0][2]).asked and not work.alone and size + len(work.asked) <= most
+            ):
                 works.append(heapq.heappop(self.queue)[2])
-            self._visits -= len(works)
+                size += len(work.asked)
+            self._visits -= size
         return works
 
     def _wait(self, ticket: Work) -> Any:
@@ -154,7 +169,7 @@ class RayPool:
         first: dict[int, Call] = {}
         for call in self.given.values() if self.how.visit_timeout_s else ():
             first.setdefault(call.at, call)
-        return {at: self.since[at] + len(call.works) * self.how.visit_timeout_s for at, call in first.items()}
+        return {at: self.since[at] + call.size * self.how.visit_timeout_s for at, call in first.items()}
 
     def _has_answered(self, at: int) -> bool:
         own = [ref for ref, call in self.given.items() if call.at == at]
@@ -193,37 +208,39 @@ class RayPool:
         if call.works[0].score is not None:
             call.works[0].end(found)
             return
-        for work, answer, memory in zip(call.works, found, call.refs[1:], strict=True):
-            if isinstance(answer, WorkFailed):
-                work.end(error=answer)
-            else:
-                self.mean_s += (answer[0].seconds - self.mean_s) / 8
-                work.end((*answer, memory))
+        memories = iter(call.refs[1:])
+        for work, replies in zip(call.works, found, strict=True):
+            for answer in replies:
+                if not isinstance(answer, WorkFailed):
+                    self.mean_s += (answer[0].seconds - self.mean_s) / 8
+            pairs = zip(replies, [next(memories) for _ in replies], strict=True)
+            work.end([one if isinstance(one, WorkFailed) else (*one, memory) for one, memory in pairs])
 
     def _replace(self, at: int) -> None:
         """A host died, or hangs: a new one takes its place and its work. No number depends on who does it."""
         own = [(ref, call) for ref, call in self.given.items() if call.at == at]
         self.given = {ref: call for ref, call in self.given.items() if call.at != at}
         self.load_of[at] = 0
-        lost: list[tuple[list[Work], Exception | None]] = []
+        lost: list[tuple[Call, Exception | None]] = []
         for ref, call in own:
             there = bool(ray.wait([ref], timeout=0)[0])
             found, error = outcome(ref) if there else (None, None)
             if there and not isinstance(error, GONE):
                 self._settle(call, found, error)
             else:
-                lost.append((call.works, error))
+                lost.append((call, error))
         self._renew(at)
-        for works, _ in reversed(lost[1:]):  # they were only waiting
-            for work in reversed(works):
+        for call, _ in reversed(lost[1:]):  # they were only waiting
+            for work in reversed(call.works):
                 self._requeue(work)
-        for works, error in lost[:1]:
+        for call, error in lost[:1]:
+            works = call.works
             if error is None:
-                kind, why = "visit_hung", f"no answer from host {at} in {self.how.visit_timeout_s * len(works):g} s"
+                kind, why = "visit_hung", f"no answer from host {at} in {self.how.visit_timeout_s * call.size:g} s"
             else:
                 kind, why = "host_lost", f"host {at} died: {death_of(error)}"
             if len(works) > 1:
-                self.events.append(event(kind, f"{len(works)} visits: {why}; given again", works[0].round))
+                self.events.append(event(kind, f"{call.size} visits: {why}; given again", works[0].round))
                 self._apart(works)
             elif isinstance(error, SHORT):
                 self._starve(works[0], f"host {at} was ended by Ray's memory monitor")
@@ -259,7 +276,7 @@ class RayPool:
 
     def _requeue(self, work: Work) -> None:
         self._count += 1
-        self._visits += work.score is None
+        self._visits += len(work.asked)
         heapq.heappush(self.queue, (0, -self._count, work))
 
     def _renew(self, at: int) -> None:

@@ -156,14 +156,16 @@ class Server:
         sent |= {f"role/{name}": self.pool.put(inbox) for name, inbox in broadcast.by_role.items()}
         lr = self._local.lr * self._local.lr_decay**self.round
         tickets: dict[Visit, Any] = {}
-        for visit in sorted(roster.cohort.visits, key=lambda v: -self.world.sizes[v.client]):  # longest work first
-            if visit in roster.dropped:
-                continue
-            parts = {key: sent[key] for key in ("shared", f"role/{visit.role}") if key in sent}
-            if visit in broadcast.personal:
-                parts[f"visit/{visit.client}/{visit.role}"] = self.pool.put(broadcast.personal[visit])
-            order = Order(visit, self.round, self.roles[visit.role].net, lr, tuple(parts), roster.work[visit])
-            tickets[visit] = self.pool.visit(order, list(parts.values()), self.memories.get(visit))
+        for group in self._groups(roster):
+            asked = []
+            for visit in group:
+                parts = {key: sent[key] for key in ("shared", f"role/{visit.role}") if key in sent}
+                if visit in broadcast.personal:
+                    parts[f"visit/{visit.client}/{visit.role}"] = self.pool.put(broadcast.personal[visit])
+                order = Order(visit, self.round, self.roles[visit.role].net, lr, tuple(parts), roster.work[visit])
+                asked.append((order, list(parts.values()), self.memories.get(visit)))
+            given = self.pool.visits(asked) if len(asked) > 1 else [self.pool.visit(*asked[0])]
+            tickets |= zip(group, given, strict=True)
         updates, received = [], bytes_down(broadcast)
         for visit in roster.cohort.visits:
             down = received(visit)
@@ -172,6 +174,21 @@ class Server:
             elif (update := self._collect(visit, tickets.pop(visit), down, costs[visit.role])) is not None:
                 updates.append(update)
         return updates
+
+    def _groups(self, roster: Roster) -> list[list[Visit]]:
+        """The visits as they are sent off, longest first; `together` of a role at a time, which makes their lengths
+        alike. It follows from the settings alone, because who trains with whom is part of the bits.
+        """
+        groups: list[list[Visit]] = []
+        filling: dict[str, list[Visit]] = {}
+        for visit in sorted(roster.cohort.visits, key=lambda v: -self.world.sizes[v.client]):
+            if visit in roster.dropped:
+                continue
+            if len(filling.get(visit.role, ())) % self.trial.together == 0:
+                filling[visit.role] = []
+                groups.append(filling[visit.role])
+            filling[visit.role].append(visit)
+        return groups
 
     def _collect(self, visit: Visit, ticket: Any, down: dict[str, int], cost: Cost) -> Update | None:
         """An update, booked; None if nothing came of the visit, or nothing that may be merged."""

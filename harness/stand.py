@@ -15,7 +15,7 @@ from harness.config import Execution, Trial
 from harness.data import card, load
 from harness.fit import settle
 from harness.floor import FLOORS, MODELS, Layout
-from harness.host import InlinePool
+from harness.inline import InlinePool
 from harness.partitions import Split
 from harness.pool import RayPool
 from harness.server import Server

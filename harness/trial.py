@@ -20,7 +20,7 @@ from harness import RULES_VERSION, __version__, archive, config
 from harness.checkpoint import pack, unpack
 from harness.data import Arrays
 from harness.fit import settle
-from harness.host import InlinePool
+from harness.inline import InlinePool
 from harness.pool import RayPool
 from harness.refusal import Refused
 from harness.server import Diverged, Server

@@ -20,7 +20,7 @@ from harness.checkpoint import pack
 from harness.cohorts import Trace
 from harness.config import Trial
 from harness.data import Arrays
-from harness.host import InlinePool
+from harness.inline import InlinePool
 from harness.parquet import Row, TableName, encode
 from harness.server import Server
 from harness.summary import headline

@@ -15,7 +15,8 @@ from torch import Tensor
 from harness.batches import Rows
 from harness.evaluate import Counts
 from harness.fit import Workbench
-from harness.host import ClientHost, InlinePool
+from harness.host import ClientHost
+from harness.inline import InlinePool
 from harness.trees import Tree, parcel
 from harness.work import Answer, Event, Order, Personal, Setup, Shard, WorkFailed
 

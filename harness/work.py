@@ -126,6 +126,9 @@ class Stages:
 
 
 Answer = tuple[Report, Tree, Tree]
+Asked = tuple[
+    Order, Sequence[Any], Any | None
+]  # an order, the parts of its inbox, its client's memory: trees or handles
 Event = dict[str, Any]  # a row of the table of events
 
 
@@ -155,6 +158,12 @@ class Pool(Protocol):
 
     def visit(self, order: Order, parts: Sequence[Any], memory: Any | None) -> Any:
         """Sends a client's work off; returns a ticket. `parts`, `memory`: handles."""
+
+    def visits(self, asked: Sequence[Asked]) -> Sequence[Any]:
+        """The same for visits that are done by one host, at once; returns a ticket for each.
+
+        They stay together whatever happens: who trains with whom is part of the bits.
+        """
 
     def answer(self, ticket: Any) -> tuple[Report, Tree, Any]:
         """Waits for a visit: its report, its payload and the handle of the client's next memory.

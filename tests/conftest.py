@@ -22,7 +22,7 @@ from harness import config, nets, registry, trees
 from harness.batches import Rows
 from harness.data import Arrays
 from harness.fit import Workbench
-from harness.host import InlinePool
+from harness.inline import InlinePool
 from harness.partitions import Split
 from harness.protocol import Algorithm, Batch, Inbox, Trained, Update, Visit, World
 from harness.server import Server

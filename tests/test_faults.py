@@ -247,7 +247,7 @@ def checkpointed(results: Path, cell: config.Trial, every: tuple[int, ...] = (2,
     """A folder as a driver leaves it that was killed: checkpoints, and no row."""
     from harness.data import card as data_card
     from harness.data import load
-    from harness.host import InlinePool
+    from harness.inline import InlinePool
     from harness.server import Server
     from harness.work import make_setup
 

@@ -19,7 +19,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 
 from harness import pool
 from harness.config import Execution
-from harness.host import InlinePool
+from harness.inline import InlinePool
 from harness.pool import RayPool
 from harness.server import Server
 from harness.work import Setup, WorkFailed

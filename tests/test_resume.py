@@ -17,7 +17,7 @@ import pytest
 from harness import config
 from harness.checkpoint import Shelf, pack, unpack
 from harness.data import card, load
-from harness.host import InlinePool
+from harness.inline import InlinePool
 from harness.ledger import Ledger
 from harness.record import Store
 from harness.server import Server

@@ -14,7 +14,7 @@ import torch
 from harness import axes, config, schedule
 from harness.checkpoint import pack, unpack
 from harness.data import card, load
-from harness.host import InlinePool
+from harness.inline import InlinePool
 from harness.pool import RayPool
 from harness.refusal import Refused
 from harness.schedule import Change

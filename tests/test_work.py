@@ -12,7 +12,7 @@ import torch
 from harness import config, data
 from harness.data import Arrays
 from harness.evaluate import metrics
-from harness.host import InlinePool
+from harness.inline import InlinePool
 from harness.server import Server
 from harness.settings import Unfit
 from harness.work import Setup, Shard, make_setup, make_world, proxy_rows

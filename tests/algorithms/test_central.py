@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from harness import config, trees
 from harness.batches import normalise
 from harness.data import card
-from harness.host import InlinePool
+from harness.inline import InlinePool
 from harness.server import Server
 from harness.work import make_setup
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from harness import config
-from harness.host import InlinePool
+from harness.inline import InlinePool
 from harness.protocol import Visit
 from harness.refusal import Refused
 from harness.server import Server
