@@ -199,7 +199,7 @@ def test_the_digest_of_a_known_trial() -> None:
     """
     trial = one("net=mlp", "seed=1", "alpha=0.1")
     text = (
-        '{"rules":1,"trial":{"availability":{"dropout":0.0,"pattern":"uniform","period":24,"straggler_work":0.5,'
+        '{"rules":2,"trial":{"availability":{"dropout":0.0,"pattern":"uniform","period":24,"straggler_work":0.5,'
         '"stragglers":0.0,"trace":"","trace_hash":"","window":0.5},"clients":20,"cohort":20,"dataset":"digits",'
         '"evaluation":{"batch":1000,"every":1,"tail":0.3,"targets":[]},"fleet":{"by":"random","nets":[],"shares":[]},'
         '"holdout":{"test":0.0,"validation":0.0},"hyper":{},"local":{"augment":true,"batch":64,"clip":0.0,'
@@ -210,7 +210,7 @@ def test_the_digest_of_a_known_trial() -> None:
         '"rounds":50,"seed":1,"source":""}}'
     )
     assert config.digest(trial) == hashlib.sha256(text.encode()).hexdigest()
-    assert config.digest(trial) == "ac5a21fb2d09249e60588deb6a809c2967060213124e05104b468e29985fffa8"
+    assert config.digest(trial) == "964257f9012a44e86e2ad634d5386b4d90488c98235d1ca0e61b38073b18b64a"
     assert config.trial_id(trial) == config.digest(trial)[:16]
 
 

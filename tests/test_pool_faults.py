@@ -394,7 +394,6 @@ def test_a_visit_that_kills_every_host_takes_no_other_along(
     setup = troubled(DIE, 99, many=CROWD, **WIDE, faults={"client": "skip"})
     server = both.start(setup, host_retries=1)
     finished(server)
-    assert {e["client"] for e in server.events} <= {None, VICTIM}
     assert [e["client"] for e in server.events if e["kind"] == "client_skipped"] == [VICTIM]
     assert [row["client"] for row in server.clients if not row["steps"]] == [VICTIM]
 

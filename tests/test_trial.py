@@ -15,7 +15,7 @@ import ray
 from harness import config, sweep
 from harness.axes import load_sweep
 from harness.data import card, load
-from harness.pool import RayPool, Work
+from harness.pool import RayPool
 from harness.record import Store
 from harness.server import Server
 from harness.work import Setup, WorkFailed, make_setup
@@ -170,11 +170,11 @@ class Watched(RayPool):
     """Two hosts that live as long as the module; `before` is called with the number of each visit."""
 
     before: Callable[[int], None] = staticmethod(lambda visit: None)  # type: ignore[assignment]
-    visits = 0
+    came = 0
 
-    def visit(self, *order: Any) -> Work:
-        self.before(self.visits)
-        self.visits += 1
+    def visit(self, *order: Any) -> Any:
+        self.before(self.came)
+        self.came += 1
         return super().visit(*order)
 
     def kill(self, at: int) -> None:
@@ -222,13 +222,13 @@ def test_a_killed_host_changes_no_number(lab: Any, both: Watched) -> None:
         for at in {3: [0], 15: [0, 1]}.get(visit - first, []):
             both.kill(at)
 
-    first = both.visits
+    first = both.came
     both.before = murder  # type: ignore[method-assign]
     try:
         found = both.finished(setup)
     finally:
         del both.before
-    assert both.visits - first == 18
+    assert both.came - first == 18
     assert not set(both.hosts) & set(born), "both hosts were replaced"
     assert found == finished(lab.server(setup))
 
