@@ -19,7 +19,7 @@ from harness.evaluate import Counts, count_logits
 from harness.fit import Fitted, Optimizer, Streams, Training, Workbench, settle, train, visit_batches
 from harness.partitions import shift
 from harness.protocol import Batch, Inbox, Phase, Trained, Visit
-from harness.trees import Parcel, Tree, bytes_by_kind, finite, numpy_stream, to
+from harness.trees import Parcel, Tree, bytes_by_kind, finite, numpy_stream, to, tree_map
 from harness.work import (
     Answer,
     Asked,
@@ -237,7 +237,9 @@ class ClientHost:
         inbox: Inbox = {"round": order.round}
         for key, part in zip(order.inboxes, parts, strict=True):
             if key not in self._opened:
-                self._opened[key] = self._tree(part)
+                opened = self._tree(part)
+                # Personal tensors are objects of their own, as on hosts that get them one by one: see `together`.
+                self._opened[key] = tree_map(lambda x: x.view_as(x), opened) if key.startswith("visit/") else opened
             inbox |= self._opened[key]
         return inbox
 

@@ -64,7 +64,7 @@ class _Stack:
         self.who = list(range(len(group)))  # whose row is where
         self.matrix = torch.stack([flat(start) for start in starts])  # [K, P]
         self.velocity = torch.zeros_like(self.matrix) if rule.momentum else None
-        self.given = _Given([(one.inbox, one.memory) for one in group])
+        self.given = _Given(group)
         self.step = vmap(grad(_visit_loss(loss, group[0].net, self.given, phase.name), has_aux=True))
         self.ends = list(starts)
         self.unseen = {True, False}  # ragged batches or even ones: which of them no step was compared of yet
@@ -127,12 +127,18 @@ class _Stack:
 
 
 class _Given:
-    """What several visits were given. own: [K, ...] of the tensors that are not the same one for all."""
+    """What several visits were given, inbox and memory. own: [K, ...] of the tensors that are not shared.
 
-    def __init__(self, values: Sequence[Any]) -> None:
-        self.like = values[0]
-        columns = list(zip(*map(_flattened, values), strict=True))
-        self.personal = [isinstance(c[0], Tensor) and any(x is not c[0] for x in c) for c in columns]
+    Shared is what is one object for all in their inboxes. Memories are not, even where they are one object here: on
+    another host they would be copies, and the numbers may not depend on that.
+    """
+
+    def __init__(self, group: Sequence[Training]) -> None:
+        self.like = (group[0].inbox, group[0].memory)
+        received = len(_flattened(group[0].inbox))
+        columns = list(zip(*(_flattened((one.inbox, one.memory)) for one in group), strict=True))
+        shared = [at < received and all(x is c[0] for x in c) for at, c in enumerate(columns)]
+        self.personal = [isinstance(c[0], Tensor) and not one for c, one in zip(columns, shared, strict=True)]
         self.own = [torch.stack(c) for c, personal in zip(columns, self.personal, strict=True) if personal]
 
     def of_one(self, own: Sequence[Tensor]) -> Any:

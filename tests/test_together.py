@@ -23,7 +23,7 @@ from harness.inline import InlinePool
 from harness.losses import cross_entropy
 from harness.nets import Net
 from harness.pool import RayPool
-from harness.protocol import Batch, Inbox, Phase
+from harness.protocol import Batch, Broadcast, Inbox, Phase
 from harness.server import Server
 from harness.settings import Unfit
 from harness.trees import Tree
@@ -378,6 +378,58 @@ def marks(server: Server) -> dict[str, str]:
     memories = {f"{v.client}:{v.role}": server.pool.fetch(handle) for v, handle in sorted(server.memories.items())}
     rows = [{k: v for k, v in row.items() if k not in CLOCKS} for row in (*server.rounds, *server.clients)]
     return prints({"state": server.state, "memory": memories, "rows": rows})
+
+
+@dataclass(frozen=True)
+class Anchored(FedAvg):
+    """Clients remember a tensor of the inbox, and get personal ones that are one object where nothing is shipped."""
+
+    def remember(self, net: Net, inbox: Inbox, rng: torch.Generator) -> Tree:
+        return {"anchor": inbox["params"]["head"]}
+
+    def broadcast(self, state: Any, cohort: Any, world: Any) -> Broadcast:
+        mine = {"goal": state["params"]["latent"]}
+        return Broadcast({"params": state["params"]}, {}, dict.fromkeys(cohort.visits, mine))
+
+    def loss(self, net: Net, p: Tree, batch: Batch, inbox: Inbox, memory: Tree) -> tuple[Tensor, dict[str, Tensor]]:
+        value, seen = super().loss(net, p, batch, inbox, memory)
+        goals = {"head": memory["anchor"], "latent": inbox["goal"]}
+        z = net.embed({**p, "latent": inbox["goal"]}, batch.x)
+        far = trees.sq_distance({k: p[k] for k in goals}, goals)
+        return value + far + cross_entropy(
+            net.classify({**p, "head": memory["anchor"]}, z), batch.y, batch.mask
+        ), seen
+
+
+class Shipping(InlinePool):
+    """Every visit gets copies of its own of what is not sent to all."""
+
+    def visits(self, asked: Sequence[Asked]) -> list[Answer | WorkFailed]:
+        def copy(tree: Any) -> Any:
+            return None if tree is None else trees.parcel(tree).open()
+
+        return super().visits(
+            [
+                (o, [copy(x) if k.startswith("visit") else x for k, x in zip(o.inboxes, parts, strict=True)], copy(m))
+                for o, parts, m in asked
+            ]
+        )
+
+
+def test_what_is_one_object_here_may_be_copies_there(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = lab.setup(Anchored(), together=4)
+    here, there = (rig.server(setup, kind()) for kind in (InlinePool, Shipping))
+    for server in (here, there):
+        while not server.done:
+            server.step()
+    assert not difference(marks(here), marks(there))
+    kinds: list[list[bool]] = []
+    given = together._Given.__init__
+    monkeypatch.setattr(together._Given, "__init__", lambda self, g: (given(self, g), kinds.append(self.personal))[0])
+    for pool in (InlinePool(), Shipping()):
+        rig.server(setup, pool).step()
+    assert kinds[0] == kinds[1]
+    assert any(kinds[0]) and not all(kinds[0])
 
 
 class Killing(RayPool):
