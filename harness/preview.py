@@ -57,8 +57,7 @@ def _room(found: Outlook) -> list[str]:
         amount(server) + " for its server" + (f", {amount(hosts[0])} for each of {how.hosts} hosts" if hosts else "")
     )
     where = "the cluster" if found.joined else "this machine"
-    one = f"A trial takes {demand}. There are {listed(found.nodes)} ({where}): {found.lanes} at once."
-    return [one]
+    return [f"A trial takes {demand}. Room: {listed(found.nodes)} ({where}), {found.lanes} at once."]
 
 
 def _table(found: Outlook) -> Table:

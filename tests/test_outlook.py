@@ -181,7 +181,7 @@ def test_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     code, out, err = told(monkeypatch, capsys, "plan", "tiny.toml")
     assert (code, err) == (0, "")
     assert "tiny: 4 trials, 0 done, 4 to do" in out
-    assert "A trial takes 1 CPUs for its server. There are 1 node with 2 CPUs (this machine): 2 at once." in out
+    assert "A trial takes 1 CPUs for its server. Room: 1 node with 2 CPUs (this machine), 2 at once." in out
     assert "Rows to write: 4 in trials, 12 in rounds, 48 in clients" in out
     assert "Time: about" in out and "Memory: a process has up to" in out
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.toml"]

@@ -19,16 +19,11 @@ from harness.config import Trial
 from harness.data import card, load
 from harness.layers import seeded
 from harness.nets import build
+from harness.timings import SMALL, USUAL
 from harness.trees import stream
 from harness.work import make_setup
 
-# The settings that speed is promised for.
-USUAL: dict[str, Any] = {
-    **{"method": "fedavg", "dataset": "fashion-mnist", "net": "lenet5", "clients": 100, "cohort": 10},
-    **{"partition": {"kind": "iid"}, "local": {"epochs": 5, "batch": 64, "lr": 0.02}, "evaluation": {"every": 1}},
-}
-SMALL = USUAL | {"clients": 1200, "cohort": 50, "local": {"epochs": 1, "batch": 10, "lr": 0.02}}
-SETTINGS = {"usual": USUAL, "small": SMALL}
+SETTINGS: dict[str, dict[str, Any]] = {"usual": USUAL, "small": SMALL}
 # Rounds that are measured in one turn, after those that warm up: enough for an accuracy that says something.
 MEASURED = {"usual": 6, "small": 37}
 WARM = 3
@@ -36,7 +31,7 @@ WARM = 3
 
 def trial_of(setting: str) -> Trial:
     """The trial behind a setting."""
-    return config.resolve({**SETTINGS[setting], "rounds": WARM + MEASURED[setting]})
+    return config.resolve({**SETTINGS[setting], "method": "fedavg", "rounds": WARM + MEASURED[setting]})
 
 
 def command(trial: Trial) -> list[str]:
