@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -31,7 +31,7 @@ from harness.sections import (
 from harness.settings import Settings, Unfit, check
 
 Scalar: TypeAlias = bool | int | float | str | None
-LATER = ("faults", "schedule", "together")
+LATER = ("faults", "schedule", "together", "precision")
 __all__ = [
     "Availability",
     "Evaluation",
@@ -69,6 +69,7 @@ class Trial(Settings):
     fleet: Fleet = Fleet()
     local: Local = Local()
     together: Annotated[int, Field(ge=1, le=10**4)] = 1  # visits of a role trained at once, which rounds otherwise
+    precision: Literal["float32", "bfloat16"] = "float32"  # of local training, see `harness.precision`
     evaluation: Evaluation = Evaluation()
     faults: Faults = Faults()
     schedule: Annotated[tuple[Text, ...], Field(strict=False)] = ()  # changes on the way, see `harness.schedule`

@@ -16,8 +16,9 @@ from harness import together
 from harness.batches import Rows, ready, rotate
 from harness.data import Arrays, card
 from harness.evaluate import Counts, count_logits
-from harness.fit import Fitted, Optimizer, Streams, Training, Workbench, settle, train, visit_batches
+from harness.fit import Fitted, Optimizer, Streams, Training, VisitLoss, Workbench, settle, train, visit_batches
 from harness.partitions import shift
+from harness.precision import check, in_precision
 from harness.protocol import Batch, Inbox, Phase, Trained, Visit
 from harness.trees import Parcel, Tree, bytes_by_kind, finite, numpy_stream, to, tree_map
 from harness.work import (
@@ -61,6 +62,7 @@ class ClientHost:
         """Begins a trial. Data that is on the device already stays there."""
         self.setup, self.stages = setup, Stages(setup)
         self._enter(0)
+        check(self.trial.precision, self.device)
         self.card = card(setup.trial.dataset)
         if self._arrays is not setup.arrays:
             self._arrays = setup.arrays
@@ -79,7 +81,7 @@ class ClientHost:
         """One client's round: inbox and memory in, report, payload and next memory out."""
         begun = self._begin(order, parts, memory)
         started = time.perf_counter()
-        fitted = train(begun.training, self.method.loss, self._rule(order))
+        fitted = train(begun.training, self._loss(), self._rule(order))
         return self._end(begun, fitted, time.perf_counter() - started)
 
     def visits(self, asked: Sequence[Asked]) -> list[Answer | WorkFailed]:
@@ -102,8 +104,11 @@ class ClientHost:
                 found[one.order.visit] = end
         return [found[one.order.visit] if isinstance(one, Begun) else one for one in begun]
 
+    def _loss(self) -> VisitLoss:
+        return in_precision(self.trial.precision, self.method.loss, self.device)
+
     def _train(self, group: Sequence[Begun]) -> list[Fitted | WorkFailed]:
-        loss, rule = self.method.loss, self._rule(group[0].order)
+        loss, rule = self._loss(), self._rule(group[0].order)
         if len(group) > 1:
             stacked = caught(partial(together.train, [one.training for one in group], loss, rule))
             if not isinstance(stacked, WorkFailed):

@@ -17,6 +17,7 @@ LATER = {
     "faults.client": "fail",
     "faults.empty_rounds": 10,
     "together": 1,
+    "precision": "float32",
 }
 SEARCHED = "searched"  # stands for a value that a search has found
 

@@ -22,7 +22,7 @@ ORDER = """
     cards published trees losses mixes layers zoo nets protocol descent peers
     registry settings sections hypers schedule cohorts config overrides
     space plan searches axes
-    formats text sources data deals partitions batches fit together evaluate
+    formats text sources data deals partitions batches fit precision together evaluate
     work host inline books checkpoint scoring server actors calls pool archive trial
     tryout lanes room cluster
     desk population ledger portrait projection tracking scribe referee errands sweep costs outlook
