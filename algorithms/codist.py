@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Generator, Tensor
 
 from algorithms.fedavg import FedAvg
 from harness import descent
+from harness.averages import mean_of
 from harness.nets import Net
 from harness.protocol import (
     Batch,
@@ -33,10 +34,8 @@ from harness.protocol import (
     Times,
     Update,
     World,
-    trees_of,
-    weights,
 )
-from harness.trees import Tree, add, mean, scale, sub, zeros
+from harness.trees import Tree, add, scale, sub, zeros
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,8 @@ class Codist(FedAvg):
     merged: so in every round, E from a pass that starts at the round's models. periodic: alpha is 0, but every
     `period` rounds the models are replaced by what a pass makes of them. separate: no distillation, the control.
     """
+
+    summed: ClassVar[Mapping[str, Any]] = {"params": "samples"}
 
     mode: Literal["merged", "periodic", "separate"] = "merged"
     pools: Literal["capacity", "domain"] = "capacity"  # who trains a level's net: the levels from it on, or it alone
@@ -106,7 +107,7 @@ class Codist(FedAvg):
         start, deltas = state["params"], {}
         for pool, p in start.items():
             own = [u for u in updates if u.visit.role == pool]
-            deltas[pool] = sub(mean(trees_of(own, "params"), weights(own)), p) if own else zeros(p)
+            deltas[pool] = sub(mean_of(own, "params"), p) if own else zeros(p)
         if self.mode == "merged" and self.alpha:
             for pool, p in self._distil(start, state, server).items():
                 deltas[pool] = add(scale(deltas[pool], 1 - self.alpha), sub(p, start[pool]), self.alpha)

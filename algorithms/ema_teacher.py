@@ -36,6 +36,8 @@ from harness.trees import Tree, add, scale
 class EmaTeacher(FedAvg):
     """teacher = decay teacher + (1 - decay) theta_g; the loss adds lambda_kd KL between student and teacher."""
 
+    summed = FedAvg.summed
+
     identity: ClassVar[Mapping[str, Any]] = {"lambda_kd": 0.0}
 
     lambda_kd: NonNegative = 0.5  # as in KDIA's code

@@ -23,6 +23,8 @@ from harness.trees import sub, zeros
 class FedAdam(FedAvg):
     """m = b1 m + (1 - b1) D; v = b2 v + (1 - b2) D^2; theta_g += lr m / (sqrt(v) + eps), D the mean delta."""
 
+    summed = FedAvg.summed
+
     lr_server: Positive = 0.1  # eta; the paper tunes it, 1e-1 and 1e-2 are its usual values
     beta1: Decay = 0.9  # beta_1
     beta2: Decay = 0.99  # beta_2

@@ -7,11 +7,13 @@ Differences from the paper: none; running statistics of BatchNorm, where a net h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
+from harness.averages import mean_of
 from harness.losses import cross_entropy
 from harness.nets import Net
 from harness.protocol import (
@@ -24,15 +26,15 @@ from harness.protocol import (
     State,
     Update,
     World,
-    trees_of,
-    weights,
 )
-from harness.trees import Tree, mean
+from harness.trees import Tree
 
 
 @dataclass(frozen=True)
 class FedAvg(Algorithm):
     """theta_g = sum_k (n_k / sum_j n_j) theta_k over the round's participants."""
+
+    summed: ClassVar[Mapping[str, Any]] = {"params": "samples"}
 
     def init(self, world: World, rng: Generator) -> State:
         """One model."""
@@ -48,7 +50,7 @@ class FedAvg(Algorithm):
 
     def merge(self, state: State, updates: Sequence[Update], server: Server) -> State:
         """The mean by sample counts."""
-        return {**state, "params": mean(trees_of(updates, "params"), weights(updates))}
+        return {**state, "params": mean_of(updates, "params")}
 
     def models(self, state: State) -> dict[str, tuple[str, Tree]]:
         """The global model."""

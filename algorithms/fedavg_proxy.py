@@ -24,6 +24,8 @@ from harness.trees import Tree
 class FedAvgProxy(FedAvg):
     """FedAvg, then proxy_steps of Adam on CE: what fedakd is without attention and divergence."""
 
+    summed = FedAvg.summed
+
     needs: ClassVar[frozenset[str]] = frozenset({"one_net", "labelled_proxy"})
     identity: ClassVar[Mapping[str, Any]] = {"proxy_steps": 0}
 

@@ -24,6 +24,8 @@ from harness.trees import sub, zeros
 class FedAvgM(FedAvg):
     """v = beta v + Delta with Delta = mean_k theta_k - theta_g; theta_g += lr_server v."""
 
+    summed = FedAvg.summed
+
     beta: Decay = 0.9  # b, the paper's usual value
     lr_server: Positive = 1.0  # the paper's eta on the server
 

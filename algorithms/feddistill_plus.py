@@ -26,6 +26,8 @@ from harness.trees import Tree
 class FedDistillPlus(FedAvg):
     """CE + lambda KL(softmax(Z[y]) || f(x)), Z the mean over participants of their mean logits for each label."""
 
+    summed = FedAvg.summed
+
     identity: ClassVar[Mapping[str, Any]] = {"lambda_kd": 0.0}
 
     lambda_kd: NonNegative = 1.0  # code: reg_alpha

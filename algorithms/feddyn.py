@@ -9,14 +9,16 @@ No a makes it FedAvg: as a -> 0 clients train as FedAvg's, but the server adds a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from algorithms.fedavg import FedAvg
 from harness import descent
+from harness.averages import mean_of
 from harness.nets import Net
 from harness.protocol import (
     Batch,
@@ -30,9 +32,8 @@ from harness.protocol import (
     Update,
     Visit,
     World,
-    trees_of,
 )
-from harness.trees import Tree, add, dot, mean, sq_distance, sub, zeros
+from harness.trees import Tree, add, dot, sq_distance, sub, zeros
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class FedDyn(FedAvg):
 
     h is the mean of all clients' h_i: h -= (a / N) sum_S (w - theta_g).
     """
+
+    summed: ClassVar[Mapping[str, Any]] = {"params": "equal"}
 
     a: Positive = 0.01  # alpha; the authors' code on CIFAR-10 (FedNTD's authors use 0.1)
     per_rows: bool = False  # divide a by the client's rows over the mean client's, as the authors' code does
@@ -77,8 +80,8 @@ class FedDyn(FedAvg):
         return {"params": trained.end}, {"h": add(trained.memory["h"], delta, -self._a(trained.inbox))}
 
     def merge(self, state: State, updates: Sequence[Update], server: Server) -> State:
-        """A plain mean, as in the paper, plus the drift of all clients."""
-        average = mean(trees_of(updates, "params"))
+        """A plain as in the paper, plus the drift of all clients."""
+        average = mean_of(updates, "params", "equal")
         delta = sub(average, state["params"])
         drift = add(state["drift"], delta, len(updates) / server.world.clients)
         # mean w + drift = theta_g + (drift + delta): a step of momentum, which knows how to treat BatchNorm

@@ -38,6 +38,8 @@ from harness.trees import Tree, mean
 class FedGkd(FedAvg):
     """Loss + gamma tau^2 KL(teacher || student); the teacher is the parameter mean of the last M global models."""
 
+    summed = FedAvg.summed
+
     identity: ClassVar[Mapping[str, Any]] = {"gamma": 0.0}
 
     gamma: NonNegative = 0.1  # gamma, README of the authors' code; 0.2 is used as well

@@ -41,6 +41,8 @@ from harness.trees import Tree
 class FedGkdVote(FedAvg):
     """Loss + gamma sum_m w_m tau^2 KL(teacher_m || student) with w = softmax(-validation loss / loss_tau)."""
 
+    summed = FedAvg.summed
+
     needs: ClassVar[frozenset[str]] = frozenset({"one_net", "labelled_proxy"})
     identity: ClassVar[Mapping[str, Any]] = {"gamma": 0.0}
 

@@ -9,12 +9,14 @@ them (as the FedNTD authors do); K counts steps, not epochs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
 from algorithms.fedavg import FedAvg
+from harness.averages import mean_of
 from harness.nets import Net
 from harness.protocol import (
     Batch,
@@ -27,9 +29,8 @@ from harness.protocol import (
     Trained,
     Update,
     World,
-    trees_of,
 )
-from harness.trees import Tree, add, dot, mean, sub, tree_map, zeros
+from harness.trees import Tree, add, dot, sub, tree_map, zeros
 
 
 def effective_steps(steps: int, momentum: float) -> float:
@@ -41,6 +42,8 @@ def effective_steps(steps: int, momentum: float) -> float:
 @dataclass(frozen=True)
 class Scaffold(FedAvg):
     """The step is w -= lr (grad - c_i + c); theta_g += lr_server mean(w - theta_g); c += (m / N) mean(c_i' - c_i)."""
+
+    summed: ClassVar[Mapping[str, Any]] = {"params": "equal", "c_delta": "equal"}
 
     lr_server: Positive = 1.0  # eta_g of the paper
 
@@ -73,10 +76,10 @@ class Scaffold(FedAvg):
 
     def merge(self, state: State, updates: Sequence[Update], server: Server) -> State:
         """Plain means, as in the paper."""
-        delta = sub(mean(trees_of(updates, "params")), state["params"])
+        delta = sub(mean_of(updates, "params", "equal"), state["params"])
         share = len(updates) / state["clients"]
         return {
             **state,
             "params": add(state["params"], delta, self.lr_server),
-            "c": add(state["c"], mean(trees_of(updates, "c_delta")), share),
+            "c": add(state["c"], mean_of(updates, "c_delta", "equal"), share),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import ray
@@ -42,16 +43,26 @@ class HostActor:
         """Groups of visits, one after the other: a list with a report and a payload for each visit of each group, and
         behind it all memories, each stored apart, so that none is ever moved to the server. A visit that raises has
         `WorkFailed` instead of both. asked: orders with the places of inboxes and memories among what was `sent`.
+
+        Of a chunk that is here as a whole, the means of what is only summed are taken here.
         """
-        answers: list[list[tuple[Report, Parcel] | WorkFailed]] = []
-        memories: list[Parcel | None] = []
+        done: list[Answer | WorkFailed] = []
         for group in asked:
-            done = self._group(
+            done += self._group(
                 [(o, [sent[at] for at in parts], None if m is None else sent[m]) for o, parts, m in group]
             )
-            answers.append([one if isinstance(one, WorkFailed) else (one[0], parcel(one[1])) for one in done])
-            memories += [None if isinstance(one, WorkFailed) else parcel(one[2]) for one in done]
-        return [answers, *memories]
+        payloads = self.host.gathered([order for group in asked for order, _, _ in group], done)
+        answers: list[tuple[Report, Parcel] | WorkFailed] = []
+        memories: list[Parcel | None] = []
+        for one, payload in zip(done, payloads, strict=True):
+            if isinstance(one, WorkFailed):
+                answers.append(one)
+                memories.append(None)
+            else:
+                answers.append((one[0], parcel(payload or {})))
+                memories.append(parcel(one[2]))
+        ends = list(accumulate(map(len, asked)))
+        return [[answers[end - len(group) : end] for end, group in zip(ends, asked, strict=True)], *memories]
 
     def _group(self, group: Sequence[Asked]) -> Sequence[Answer | WorkFailed]:
         if len(group) > 1:

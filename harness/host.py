@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from harness import together
+from harness.averages import gathered, summed
 from harness.batches import Rows, ready, rotate
 from harness.data import Arrays, card
 from harness.evaluate import Counts, count_logits
@@ -103,6 +104,23 @@ class ClientHost:
                 end = done if isinstance(done, WorkFailed) else caught(partial(self._end, one, done, seconds))
                 found[one.order.visit] = end
         return [found[one.order.visit] if isinstance(one, Begun) else one for one in begun]
+
+    def gathered(self, orders: Sequence[Order], answers: Sequence[Answer | WorkFailed]) -> list[Tree | None]:
+        """What is sent of each answer's payload: of a whole chunk that went well one mean of each part that is only
+        summed. None for what failed. On the CPU, as the server would do it, so that it makes no difference.
+        """
+        payloads = [None if isinstance(one, WorkFailed) else one[1] for one in answers]
+        chunks: dict[Any, list[int]] = {}
+        for at in sorted(range(len(orders)), key=lambda at: orders[at].visit):  # the cohort's order, as in `merge`
+            chunks.setdefault(orders[at].chunk, []).append(at)
+        parts = summed(self.method)
+        for chunk, places in chunks.items():
+            whole = [one for at in places if not isinstance(one := answers[at], WorkFailed) and one[0].finite]
+            if parts and chunk is not None and 1 < len(whole) == chunk.size:
+                lean = gathered([to(one[1], "cpu") for one in whole], [one[0].samples for one in whole], parts)
+                for at, payload in zip(places, lean, strict=True):
+                    payloads[at] = payload
+        return payloads
 
     def _loss(self) -> VisitLoss:
         return in_precision(self.trial.precision, self.method.loss, self.device)

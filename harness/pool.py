@@ -141,11 +141,9 @@ class RayPool:
         most = 1 if works[0].alone else min(max(fair, worthwhile), int(SHORT_S / max(self.mean_s, 1e-6)))
         if works[0].score is None:
             size = len(works[0].asked)
-            while (
-                self.queue and (work := self.queue[0][2]).asked and not work.alone and size + len(work.asked) <= most
-            ):
+            while self.queue and _joins(self.queue[0][2], works[-1], most - size):
                 works.append(heapq.heappop(self.queue)[2])
-                size += len(work.asked)
+                size += len(works[-1].asked)
             self._visits -= size
         return works
 
@@ -291,3 +289,11 @@ class RayPool:
             except GONE:
                 if not left:
                     raise
+
+
+def _joins(work: Work, last: Work, room: int) -> bool:
+    """Whether a visit goes along with the one before it. A new chunk does if there is room for the whole of it."""
+    if not work.asked or work.alone or len(work.asked) > room:
+        return False
+    chunk, before = work.asked[0][0].chunk, last.asked[0][0].chunk
+    return chunk is None or chunk == before or chunk.size <= room

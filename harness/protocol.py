@@ -169,13 +169,8 @@ class Bench(Protocol):
 class Server(Bench, Protocol):
     """What `merge` may use."""
 
-    @property
-    def world(self) -> World:
-        """The trial."""
-
-    @property
-    def round(self) -> int:
-        """The round that is being merged, from 0."""
+    world: World
+    round: int  # that is being merged, from 0
 
 
 @dataclass(frozen=True)
@@ -206,6 +201,7 @@ class Update:
     steps: int
     payload: Tree
     metrics: Mapping[str, float]
+    chunk: int = 0  # the visits of a chunk may come with one mean of what is `summed`: its first one has it then
 
 
 @dataclass(frozen=True)
@@ -223,10 +219,12 @@ class Algorithm(ABC):
     the server; "label_counts": every client's label counts; "private_test", "validation": rows that clients keep from
     training; "pooled": all rows at one client, for upper bounds.
     identity: hyper-parameters with which its first model equals FedAvg's bit for bit (a class's own, not inherited).
+    summed: parts of payloads that the `merge` beside it only takes `averages.mean_of`, and how clients weigh in it.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"one_net"})
     identity: ClassVar[Mapping[str, Any] | None] = None
+    summed: ClassVar[Mapping[str, Literal["samples", "equal"]]] = {}
 
     def roles(self, world: World) -> Mapping[str, Role]:
         """Role -> net, eligible clients, cohort."""

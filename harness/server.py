@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -24,8 +25,10 @@ from harness.fit import Workbench
 from harness.protocol import State, Update, Visit
 from harness.refusal import Refused
 from harness.scoring import Scoring, Tickets, members_of
-from harness.trees import finite, stream, to
-from harness.work import Event, Order, Pool, Report, Setup, Stages, WorkFailed, event, proxy_rows
+from harness.trees import CHUNK, finite, stream, to
+from harness.work import Chunk, Event, Order, Pool, Report, Setup, Stages, WorkFailed, event, proxy_rows
+
+MANY = 3 * CHUNK  # visits from which on a cohort is sent off in chunks
 
 
 class Diverged(RuntimeError):
@@ -156,13 +159,15 @@ class Server:
         sent |= {f"role/{name}": self.pool.put(inbox) for name, inbox in broadcast.by_role.items()}
         lr = self._local.lr * self._local.lr_decay**self.round
         tickets: dict[Visit, Any] = {}
-        for group in self._groups(roster):
+        chunks = self._chunks(roster)
+        for group in self._groups(roster, chunks):
             asked = []
             for visit in group:
                 parts = {key: sent[key] for key in ("shared", f"role/{visit.role}") if key in sent}
                 if visit in broadcast.personal:
                     parts[f"visit/{visit.client}/{visit.role}"] = self.pool.put(broadcast.personal[visit])
-                order = Order(visit, self.round, self.roles[visit.role].net, lr, tuple(parts), roster.work[visit])
+                net, work = self.roles[visit.role].net, roster.work[visit]
+                order = Order(visit, self.round, net, lr, tuple(parts), work, chunks[visit])
                 asked.append((order, list(parts.values()), self.memories.get(visit)))
             given = self.pool.visits(asked) if len(asked) > 1 else [self.pool.visit(*asked[0])]
             tickets |= zip(group, given, strict=True)
@@ -172,18 +177,32 @@ class Server:
             if visit in roster.dropped:
                 self._book_client(lost(visit), down, costs[visit.role])
             elif (update := self._collect(visit, tickets.pop(visit), down, costs[visit.role])) is not None:
-                updates.append(update)
+                updates.append(replace(update, chunk=chunks[visit].number))
         return updates
 
-    def _groups(self, roster: Roster) -> list[list[Visit]]:
+    def _chunks(self, roster: Roster) -> dict[Visit, Chunk]:
+        """Whose means may be taken before they are sent: of each role, so many at a time, in the cohort's order."""
+        found: dict[Visit, Chunk] = {}
+        for role in self.roles:
+            own = [visit for visit in roster.cohort.visits if visit.role == role and visit not in roster.dropped]
+            for number, start in enumerate(range(0, len(own), CHUNK)):
+                members = own[start : start + CHUNK]
+                found |= dict.fromkeys(members, Chunk(role, number, len(members)))
+        return found
+
+    def _groups(self, roster: Roster, chunks: Mapping[Visit, Chunk]) -> list[list[Visit]]:
         """The visits as they are sent off, longest first; `together` of a role at a time, which makes their lengths
         alike. It follows from the settings alone, because who trains with whom is part of the bits.
+
+        Of large cohorts chunk by chunk, so that a host can have the whole of one.
         """
         groups: list[list[Visit]] = []
         filling: dict[str, list[Visit]] = {}
-        for visit in sorted(roster.cohort.visits, key=lambda v: -self.world.sizes[v.client]):
-            if visit in roster.dropped:
-                continue
+        sizes, many = self.world.sizes, len(chunks) >= MANY and self.trial.together == 1
+        load = Counter[Chunk]()
+        for visit, chunk in chunks.items() if many else ():
+            load[chunk] += sizes[visit.client]
+        for visit in sorted(chunks, key=lambda v: (-load[chunks[v]], chunks[v] if many else (), -sizes[v.client])):
             if len(filling.get(visit.role, ())) % self.trial.together == 0:
                 filling[visit.role] = []
                 groups.append(filling[visit.role])

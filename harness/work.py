@@ -43,6 +43,15 @@ class Setup:
     domains: Mapping[str, Labels] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, order=True)
+class Chunk:
+    """Visits of a round whose means may be taken at once (see `averages`): of which role, and how many they are."""
+
+    role: str
+    number: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Order:
     """One visit as a piece of work. `inboxes` are the keys of the parts of its inbox, for reuse within a round."""
@@ -53,6 +62,7 @@ class Order:
     lr: float
     inboxes: tuple[str, ...]
     work: float = 1.0  # share of its epochs that it does
+    chunk: Chunk | None = None
 
 
 @dataclass(frozen=True)

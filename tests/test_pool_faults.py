@@ -407,3 +407,23 @@ def test_a_visit_of_a_bundle_that_raises_is_skipped_alone(
     assert finished(server) == finished(lab.server(setup))
     assert told(server) == [("client_skipped", 1, VICTIM)]
     assert details(server) == "ValueError: bad luck"
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "feddyn", "fedadam"])
+def test_hosts_send_one_mean_of_a_whole_chunk(
+    lab: Any, both: Watched, bundles: Bundles, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """45 visits a round: most of the models stay where they are, and no bit changes."""
+    setup = lab.setup(method, sizes=CROWD, rounds=3, **WIDE)
+    server, came, answer = both.start(setup), [], both.answer
+
+    def counted(ticket: Any) -> Any:
+        found = answer(ticket)
+        came.append("params" in found[1])
+        return found
+
+    monkeypatch.setattr(both, "answer", counted)
+    assert finished(server) == finished(lab.server(setup))
+    assert len(came) == 3 * len(CROWD)
+    assert sum(came[len(CROWD) :]) < len(CROWD), "in the rounds whose visits are known to be short"
