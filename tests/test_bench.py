@@ -74,6 +74,7 @@ def test_a_server_stand_counts_and_measures() -> None:
     assert ours.memory()["server"]["peak_bytes"] > ours.memory()["server"]["private_bytes"] // 2 > 0
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_ours_and_the_floor_take_turns(cluster: None) -> None:
     found = timings.against_floor(small("fedavg"), 1, 2)

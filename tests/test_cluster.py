@@ -147,6 +147,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
         subprocess.run(["rm", "-rf", place], check=False)
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_nodes_need_neither_fedstill_nor_the_method_file(elsewhere: Elsewhere, tmp_path: Path, lab: Any) -> None:
     """The nodes can't import harness by themselves; the sweep runs there with the numbers that it has here."""

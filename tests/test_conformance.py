@@ -548,6 +548,7 @@ def test_the_command_refuses(
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_a_users_own_file_runs(tmp_path: Path) -> None:
     """The example of algorithms/README.md, outside of the repository, under Ray: server and host load the file."""

@@ -163,6 +163,7 @@ def same_but_named(left: dict[str, list[dict[str, Any]]], right: dict[str, list[
     return plain[0] == plain[1]
 
 
+@pytest.mark.long
 @cluster
 def test_f3_a_server_that_is_killed_goes_on_from_its_checkpoint_in_the_same_run(
     tmp_path: Path, alone: Path, diary: Any
@@ -179,6 +180,7 @@ def test_f3_a_server_that_is_killed_goes_on_from_its_checkpoint_in_the_same_run(
     assert resumed["detail"] == "from round 6"
 
 
+@pytest.mark.long
 @cluster
 def test_f3_a_server_that_always_dies_is_a_row(tmp_path: Path, alone: Path, diary: Any) -> None:
     own = killer(tmp_path, "mark.unlink(); os.kill(os.getpid(), signal.SIGKILL)")
@@ -229,6 +231,7 @@ def test_f7_a_disk_too_full_for_a_checkpoint_costs_no_number(
     assert numbers(tmp_path / "r") == of_seed(numbers(alone), 0)
 
 
+@pytest.mark.long
 @cluster
 def test_f7_a_disk_too_full_for_a_row_ends_the_sweep_and_the_next_command_goes_on(
     tmp_path: Path, alone: Path, diary: Any, full: list[str]
@@ -285,6 +288,7 @@ def test_f9_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert ("trial_resumed" in dict(map(reversed, events(tmp_path / "r")))) == (damaged == 1)  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 @cluster
 @pytest.mark.parametrize("table", ["trials", "rounds"])
 def test_f10_a_torn_table_is_put_aside_and_its_trial_runs_again(
@@ -299,6 +303,7 @@ def test_f10_a_torn_table_is_put_aside_and_its_trial_runs_again(
     assert numbers(tmp_path / "r") == of_seed(numbers(alone), 0)
 
 
+@pytest.mark.long
 @cluster
 def test_f10_a_torn_table_makes_verify_fail(tmp_path: Path, alone: Path) -> None:
     """The command, as a user calls it: 0 for the folder as it was left, 1 with a line that names the file."""
@@ -460,6 +465,7 @@ def test_d5_an_evaluation_moves_no_number_of_the_training(tmp_path: Path, alone:
     assert set(seen) <= {(row["round"], row["accuracy"]) for row in theirs["rounds"]}
 
 
+@pytest.mark.long
 @cluster
 def test_fresh_throws_away_what_was_there_and_says_so(tmp_path: Path, alone: Path, diary: Any) -> None:
     planned = load_sweep(card(tmp_path))

@@ -76,6 +76,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
+@pytest.mark.long
 def test_the_rows_are_those_that_the_sweep_writes(cluster: None, tmp_path: Path, diary: Any) -> None:
     """With cohorts that differ from round to round and visits that are lost; then nothing is left, nothing moved."""
     card, results = planned(tmp_path, CARD), tmp_path / "results"

@@ -793,6 +793,7 @@ def test_published_numbers_stand_beside_ours(chromium: Browser, tmp_path: Path) 
     assert chromium.problems() == []
 
 
+@pytest.mark.long
 @pytest.mark.browser
 def test_500_trials_of_200_rounds_open_at_once(
     chromium: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

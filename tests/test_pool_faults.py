@@ -200,6 +200,7 @@ def test_a_visit_that_hangs_is_given_again_once(troubled: Any, lab: Any, both: W
     assert time.monotonic() - started > 1.5
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_a_visit_that_hangs_again_fails_or_is_skipped(troubled: Any, lab: Any, both: Watched) -> None:
     """Skipped: the other four clients' updates make round 1, and the victim is back in round 2."""
@@ -387,6 +388,7 @@ def test_trouble_of_a_bundle_is_that_of_one_visit(
     assert all("visits: " in e["detail"] and e["client"] is None for e in server.events)
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_a_visit_that_kills_every_host_takes_no_other_along(
     troubled: Any, lab: Any, both: Watched, bundles: Bundles

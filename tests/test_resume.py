@@ -106,6 +106,7 @@ def numbers(results: Path) -> list[list[dict[str, Any]]]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_a_driver_that_is_killed_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     """SIGKILL once a checkpoint is on the disk; the same command again ends with the tables of a run left alone.

@@ -128,6 +128,7 @@ def test_a_second_run_trains_nothing_and_changes_nothing(
     assert mlflow_runs(done.results) == runs
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_what_failed_is_tried_again_and_what_diverged_is_not(
     done: Done, tmp_path: Path, diary: Any, monkeypatch: pytest.MonkeyPatch
@@ -156,6 +157,7 @@ def test_what_failed_is_tried_again_and_what_diverged_is_not(
     assert len(rows) == 8
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_only_the_driver_writes(done: Done, tmp_path: Path, diary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the driver's pen taken away nothing is written at all, and the callback leaves it no copy of itself.
@@ -196,6 +198,7 @@ def command(*words: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.parametrize("whom", ["process", "group"])
 def test_ctrl_c_keeps_what_has_ended_and_the_same_command_goes_on(tmp_path: Path, done: Done, whom: str) -> None:

@@ -451,6 +451,7 @@ class Killing(RayPool):
         return found
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.parametrize("kind", [RayPool, Killing])
 def test_hosts_change_no_bit(cluster: None, lab: Any, kind: type[RayPool]) -> None:

@@ -142,6 +142,7 @@ def test_a_trial_reports_its_primary_model(inline: Inline) -> None:
     assert [row["method"] for row in inline.watcher.ended] == list(METHODS)
 
 
+@pytest.mark.long
 def test_a_failure_is_a_row_and_the_others_go_on(tmp_path: Path, inline: Inline, diary: Any) -> None:
     """One raises, one diverges, one kills its own server, each in its second round; fedavg comes last."""
     files = [

@@ -296,6 +296,7 @@ def test_bad_input_is_refused(results: Path, tmp_path: Path) -> None:
         verify(results, seed=3)
 
 
+@pytest.mark.long
 def test_trials_run_again_come_out_the_same(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both of them, with a schedule; a trial that a rule has stopped is never chosen."""
     store, name = Store(results), trial_of(results)
@@ -312,6 +313,7 @@ def test_trials_run_again_come_out_the_same(results: Path, capsys: pytest.Captur
     assert everything(results) == before
 
 
+@pytest.mark.long
 def test_a_number_that_does_not_come_out_again_is_named_with_what_was_different(
     results: Path, diary: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
