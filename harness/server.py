@@ -160,7 +160,7 @@ class Server:
         lr = self._local.lr * self._local.lr_decay**self.round
         tickets: dict[Visit, Any] = {}
         chunks = self._chunks(roster)
-        for group in self._groups(roster, chunks):
+        for group in self._groups(chunks):
             asked = []
             for visit in group:
                 parts = {key: sent[key] for key in ("shared", f"role/{visit.role}") if key in sent}
@@ -190,7 +190,7 @@ class Server:
                 found |= dict.fromkeys(members, Chunk(role, number, len(members)))
         return found
 
-    def _groups(self, roster: Roster, chunks: Mapping[Visit, Chunk]) -> list[list[Visit]]:
+    def _groups(self, chunks: Mapping[Visit, Chunk]) -> list[list[Visit]]:
         """The visits as they are sent off, longest first; `together` of a role at a time, which makes their lengths
         alike. It follows from the settings alone, because who trains with whom is part of the bits.
 

@@ -361,11 +361,11 @@ def test_the_setting_is_part_of_the_hash_where_it_is_set() -> None:
 def test_groups_are_of_one_role_and_of_like_sizes(lab: Any) -> None:
     """Longest first, so that no group waits for one long visit; the last group of a role is what is left."""
     server = lab.server(lab.setup(sizes=(12, 20, 8, 16, 9), together=2))
-    groups = server._groups(server._roster())
+    groups = server._groups(server._chunks(server._roster()))
     assert [[visit.client for visit in group] for group in groups] == [[1, 3], [0, 4], [2]]
     fleet: Any = {"nets": ["mlp", "lenet5"]}
     server = lab.server(lab.setup("codist", {"mode": "separate"}, sizes=(12, 20, 8, 16), together=3, fleet=fleet))
-    groups = server._groups(server._roster())
+    groups = server._groups(server._chunks(server._roster()))
     assert all(len({visit.role for visit in group}) == 1 for group in groups)
     assert sorted(v for group in groups for v in group) == sorted(server._roster().cohort.visits)
 
