@@ -68,28 +68,26 @@ def against_floor(trial: Trial, hosts: int, repeats: int) -> Figure:
     ours = stand(trial, hosts)
     ray.get(ours.rounds.remote(WARM))
     floors = {layout: Floor(trial, layout, hosts) for layout in LAYOUTS}
-    tried = {}
-    for layout, floor in floors.items():
+    for floor in floors.values():
         floor.rounds(1)
-        tried[layout] = min(floor.rounds(1) for _ in range(3))
-    best = min(tried, key=tried.__getitem__)
-    for layout, floor in floors.items():
-        if layout != best:
-            floor.close()
-    count = max(1, round(2 / tried[best]))  # about two seconds at a time
-    before, own, raw = ray.get(ours.samples.remote()), [], []
+    count = max(1, round(2 / floors[LAYOUTS[0]].rounds(1)))  # about two seconds at a time
+    before, own = ray.get(ours.samples.remote()), []
+    raw: dict[str, list[float]] = {layout: [] for layout in floors}
     for _ in range(repeats):
         own.append(ray.get(ours.rounds.remote(count)) / count)
-        raw.append(floors[best].rounds(count) / count)
+        for layout, floor in floors.items():
+            raw[layout].append(floor.rounds(count) / count)
     samples = (ray.get(ours.samples.remote()) - before) / (repeats * count)
-    floors[best].close()
+    for floor in floors.values():
+        floor.close()
     ray.kill(ours)
-    ratios = [theirs / mine for mine, theirs in zip(own, raw, strict=True)]
-    overhead = (statistics.median(own) - statistics.median(raw)) * hosts / trial.cohort
+    best = min(raw, key=lambda layout: statistics.median(raw[layout]))
+    ratios = [theirs / mine for mine, theirs in zip(own, raw[best], strict=True)]
+    overhead = (statistics.median(own) - statistics.median(raw[best])) * hosts / trial.cohort
     return {
         **spread("efficiency", ratios),
         "round_s": statistics.median(own),
-        "floor_s": statistics.median(raw),
+        "floor_s": statistics.median(raw[best]),
         "overhead_per_visit_ms": 1000 * overhead,
         "samples_per_s": samples / statistics.median(own),
         "floor_layout": best,
