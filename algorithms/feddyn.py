@@ -80,7 +80,7 @@ class FedDyn(FedAvg):
         return {"params": trained.end}, {"h": add(trained.memory["h"], delta, -self._a(trained.inbox))}
 
     def merge(self, state: State, updates: Sequence[Update], server: Server) -> State:
-        """A plain as in the paper, plus the drift of all clients."""
+        """A plain mean, as in the paper, plus the drift of all clients."""
         average = mean_of(updates, "params", "equal")
         delta = sub(average, state["params"])
         drift = add(state["drift"], delta, len(updates) / server.world.clients)

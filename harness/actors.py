@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, TypeAlias
 
@@ -12,15 +13,16 @@ import ray
 import torch
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
+from harness import host
 from harness.evaluate import Counts
-from harness.host import ClientHost
+from harness.host import ClientHost, caught
 from harness.trees import Parcel, parcel
-from harness.work import Answer, Asked, Order, Personal, Report, Setup, Shard, WorkFailed, said
+from harness.work import Answer, Asked, Order, Personal, Report, Setup, Shard, WorkFailed
 
 GONE = (RayActorError, OutOfMemoryError)  # the host is no more; the second one: Ray's memory monitor ended it
 # An order, the places of the parts of its inbox, and that of its client's memory, if it has one.
 Placed: TypeAlias = tuple[Order, tuple[int, ...], int | None]
-SHORT = (OutOfMemoryError, torch.cuda.OutOfMemoryError, MemoryError)
+SHORT = (OutOfMemoryError, *host.SHORT)
 
 
 class HostActor:
@@ -67,12 +69,7 @@ class HostActor:
     def _group(self, group: Sequence[Asked]) -> Sequence[Answer | WorkFailed]:
         if len(group) > 1:
             return self.host.visits(group)
-        try:
-            return [self.host.visit(*group[0])]
-        except SHORT:
-            raise
-        except Exception as error:
-            return [WorkFailed(said(error))]
+        return [caught(partial(self.host.visit, *group[0]))]
 
     def score(self, what: Shard | Personal, params: Parcel) -> Counts:
         """One piece of the evaluation."""

@@ -30,7 +30,7 @@ SCANNED = 256  # rows in a batch of what needs no gradient
 
 
 class FedAvgFloor:
-    """One process's share of a trial's rounds. `extra` and `serve` say what a method does beyond FedAvg."""
+    """One process's share of a trial's rounds. `tell`, `loss` and `serve` say what a method does beyond FedAvg."""
 
     def __init__(self, setup: Setup, layout: Layout) -> None:
         trial, about = setup.trial, card(setup.trial.dataset)

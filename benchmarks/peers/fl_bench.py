@@ -15,7 +15,6 @@ a run of m, by n - m. One figure for each turn, no accuracy.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import time
@@ -23,7 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from work import Log
+from work import Log, arguments
 
 Numbers = Mapping[str, Any]
 FEW = 3  # rounds of the shorter run: imports, data and warming up are in both
@@ -69,12 +68,9 @@ def timed(checkout: Path, words: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    words = argparse.ArgumentParser()
-    words.add_argument("folder", type=Path)
+    words = arguments()
     words.add_argument("--code", choices=CODES, required=True)
     words.add_argument("--checkout", type=Path, required=True)
-    words.add_argument("--rounds", type=int, required=True)
-    words.add_argument("--out", type=Path, required=True)
     told = words.parse_args()
     work = json.loads((told.folder / "work.json").read_text())
     short, long = (timed(told.checkout, CODES[told.code](work, n)) for n in (FEW, FEW + told.rounds))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 from deal import MEASURED, SETTINGS, WARM, deal, trial_of
 from table import OURS, Measured, check, table
 
+from harness import bench
 from harness.refusal import Refused, unknown
 
 HERE = Path(__file__).resolve().parent
@@ -153,9 +153,8 @@ def from_checkouts(setting: str, checkouts: dict[str, Path], turns: int, folder:
 
 def machine() -> str:
     """What it ran on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {CORES} cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.2f} at the start"
+    about = bench.machine()
+    return f"{about['cpu']}, {CORES} cores, Python {about['python']}, load {about['load'][0]} at the start"
 
 
 def main() -> None:

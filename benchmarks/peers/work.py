@@ -113,13 +113,19 @@ def versions(*packages: str) -> dict[str, str]:
     return {name: version(name) for name in packages}
 
 
-def asked() -> argparse.Namespace:
-    """A driver's arguments: folder, rounds, processes, threads, layout and out."""
+def arguments() -> argparse.ArgumentParser:
+    """What every driver is told: folder, rounds and out."""
     words = argparse.ArgumentParser()
     words.add_argument("folder", type=Path)
     words.add_argument("--rounds", type=int, required=True)
+    words.add_argument("--out", type=Path, required=True)
+    return words
+
+
+def asked() -> argparse.Namespace:
+    """A driver's arguments: folder, rounds, processes, threads, layout and out."""
+    words = arguments()
     words.add_argument("--processes", type=int, required=True)
     words.add_argument("--threads", type=int, required=True)
     words.add_argument("--layout", choices=FORMATS, required=True)
-    words.add_argument("--out", type=Path, required=True)
     return words.parse_args()
