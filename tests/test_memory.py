@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from scipy.stats import theilslopes
 
 from harness import config
 from harness.data import card, load
@@ -55,13 +56,17 @@ class Trialist:
         """Private bytes of the server and of its host, so many rounds later."""
         for _ in range(rounds):
             self.server.step()
-        host = ray.get(self.pool.hosts[0].__ray_call__.remote(lambda _: os.getpid()))
-        return settled(), private_bytes(host)
+        look = settled  # by value: this module is not there to be imported on a host
+        return settled(), ray.get(self.pool.hosts[0].__ray_call__.remote(lambda _: look()))
 
 
 @pytest.mark.parametrize("method", ["fedavg", "scaffold"])
 def test_f22_a_thousand_rounds_leave_nothing_behind(cluster: None, method: str) -> None:
-    """Less than 1 % from round 50 to round 1000, by a line through what is seen every 50 rounds."""
+    """Less than 1 % from round 50 to round 1000, by the median slope between what is seen every 50 rounds.
+
+    What leaks does so every round, and is in all slopes. What a process takes once, and keeps (an arena of the
+    allocator, a buffer of Ray's), comes at any time, is in fewer than half of them, and leaves the median alone.
+    """
     actor: Any = ray.remote(Trialist)
     trialist = actor.options(num_cpus=0).remote(method)
     ray.get(trialist.run.remote(WARM))
@@ -69,7 +74,7 @@ def test_f22_a_thousand_rounds_leave_nothing_behind(cluster: None, method: str) 
     ray.kill(trialist)
     rounds = np.arange(1, len(seen) + 1) * EVERY
     for name, bytes_of in zip(("server", "host"), seen.T, strict=True):
-        slope, start = np.polyfit(rounds, bytes_of, 1)
+        slope, start, *_ = theilslopes(bytes_of, rounds)
         growth = slope * (ROUNDS - WARM) / start
         print(f"{method}: {name} {start / 1e6:.0f} MB, growth {growth:.2%} in {ROUNDS - WARM} rounds")
         assert growth < 0.01, (name, bytes_of)
