@@ -19,6 +19,8 @@ T = TypeVar("T")
 class InlinePool:
     """One host; work is done when it is given."""
 
+    brisk = False  # nothing is sent
+
     def __init__(self, device: str = "cpu", threads: int = 1) -> None:
         self.host = ClientHost(device, threads)
         self.events: list[Event] = []

@@ -12,10 +12,10 @@ import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from harness.actors import GONE, SHORT, HostActor, answers, death_of, outcome
-from harness.calls import Call, Work, give
+from harness.calls import Call, Work, give, joins
 from harness.config import Execution
 from harness.evaluate import Counts
-from harness.trees import Parcel, Tree, parcel
+from harness.trees import CHUNK, Parcel, Tree, parcel
 from harness.work import Asked, Event, Order, Personal, Report, Setup, Shard, WorkFailed, event, said
 
 START_S = 120.0  # an actor that has not answered by then does not fit its bundle: Ray would wait without a word
@@ -42,6 +42,11 @@ class RayPool:
         self.mean_s = 1.0  # running mean of a visit's length
         self.events: list[Event] = []
         self._count = self._visits = 0  # ever queued; visits in the queue
+
+    @property
+    def brisk(self) -> bool:
+        """Whether visits are so short that a call is worth a whole chunk of them."""
+        return self.mean_s * CHUNK <= WORTHWHILE_S
 
     def load(self, setup: Setup, arrays: Any) -> None:
         """Begins a trial on every host; `arrays` is the reference of its data set, which does not travel again."""
@@ -138,10 +143,12 @@ class RayPool:
         fair = -(-self._visits // (2 * len(self.hosts)))
         idle = max(1, self.load_of.count(0))
         worthwhile = min(-(-self._visits // idle), int(WORTHWHILE_S / max(self.mean_s, 1e-6)))
+        if self.brisk:
+            worthwhile = max(worthwhile, CHUNK)
         most = 1 if works[0].alone else min(max(fair, worthwhile), int(SHORT_S / max(self.mean_s, 1e-6)))
         if works[0].score is None:
             size = len(works[0].asked)
-            while self.queue and _joins(self.queue[0][2], works[-1], most - size):
+            while self.queue and joins(self.queue[0][2], works[-1], most - size):
                 works.append(heapq.heappop(self.queue)[2])
                 size += len(works[-1].asked)
             self._visits -= size
@@ -289,11 +296,3 @@ class RayPool:
             except GONE:
                 if not left:
                     raise
-
-
-def _joins(work: Work, last: Work, room: int) -> bool:
-    """Whether a visit goes along with the one before it. A new chunk does if there is room for the whole of it."""
-    if not work.asked or work.alone or len(work.asked) > room:
-        return False
-    chunk, before = work.asked[0][0].chunk, last.asked[0][0].chunk
-    return chunk is None or chunk == before or chunk.size <= room

@@ -194,11 +194,11 @@ class Server:
         """The visits as they are sent off, longest first; `together` of a role at a time, which makes their lengths
         alike. It follows from the settings alone, because who trains with whom is part of the bits.
 
-        Of large cohorts chunk by chunk, so that a host can have the whole of one.
+        Of large cohorts, and of short visits, chunk by chunk, so that a host can have the whole of one.
         """
         groups: list[list[Visit]] = []
         filling: dict[str, list[Visit]] = {}
-        sizes, many = self.world.sizes, len(chunks) >= MANY and self.trial.together == 1
+        sizes, many = self.world.sizes, self.trial.together == 1 and (len(chunks) >= MANY or self.pool.brisk)
         load = Counter[Chunk]()
         for visit, chunk in chunks.items() if many else ():
             load[chunk] += sizes[visit.client]

@@ -160,6 +160,10 @@ def said(error: BaseException) -> str:
 class Pool(Protocol):
     """Hosts to give work to. Handles stand for trees that may lie on another machine; tickets for work under way."""
 
+    @property
+    def brisk(self) -> bool:
+        """Whether visits are so short that they had better be sent off chunk by chunk, however few they are."""
+
     def put(self, tree: Tree) -> Any:
         """Makes a tree available to the hosts; returns its handle."""
 
