@@ -17,24 +17,36 @@ from harness.config import Execution
 from harness.refusal import Refused, unknown
 from harness.timings import Figure
 
-BENCHES: Mapping[str, Callable[[int, int], Iterator[Figure]]] = {
-    name: getattr(timings, name) for name in ("loop", "start", "rounds", "scale", "server", "sweep")
-}
-OWN_RAY = ("start", "sweep")  # which begin by starting it
+NAMES = ("loop", "start", "rounds", "scale", "server", "clients", "sweep")
+BENCHES: Mapping[str, Callable[[int, int, str], Iterator[Figure]]] = {name: getattr(timings, name) for name in NAMES}
+HOSTED = ("loop", "rounds", "scale")  # which train on hosts; the others in the processes of their servers
+OWN_RAY = ("start", "sweep")  # which begin by starting it, and stay on the CPU
 PACKAGES = ("torch", "ray", "numpy", "pyarrow", "mlflow")
 
 
-def chosen(names: Sequence[str]) -> list[str]:
-    """The benchmarks of these names, all if none is given. Raises Refused for a name that is none."""
+def chosen(names: Sequence[str], device: str) -> list[str]:
+    """The benchmarks of these names, all that there are for the device if none is given.
+
+    Raises Refused for a name that is none, and for a device that is not there or that a benchmark is not for.
+    """
     for name in names:
         if name not in BENCHES:
             raise unknown("benchmark", name, list(BENCHES))
-    return list(dict.fromkeys(names)) or list(BENCHES)
+    if device not in ("cpu", "cuda"):
+        raise unknown("device", device, ["cpu", "cuda"])
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Refused("--device cuda: there is no GPU here")
+    there = [name for name in BENCHES if device == "cpu" or name not in OWN_RAY]
+    if strays := sorted(set(names) - set(there)):
+        raise Refused(f"--device {device}: {', '.join(strays)} is measured on the CPU; there are {', '.join(there)}")
+    return list(dict.fromkeys(names)) or there
 
 
-def run_all(names: Sequence[str], hosts: int, repeats: int, file: Path | None, out: Path) -> None:
+def run_all(
+    names: Sequence[str], hosts: int, repeats: int, file: Path | None, out: Path, device: str = "cpu"
+) -> None:
     """Measures, shows each figure as it comes, and writes a table for each benchmark, and all into one file."""
-    names = chosen(names)
+    names = chosen(names, device)
     found: dict[str, list[Figure]] = {}
     if hosts > (os.cpu_count() or 1):
         raise Refused(f"--hosts {hosts} is more than the {os.cpu_count()} cores there are")
@@ -44,23 +56,24 @@ def run_all(names: Sequence[str], hosts: int, repeats: int, file: Path | None, o
     for name in names:
         print(f"{name}: {' '.join((BENCHES[name].__doc__ or '').split())}", flush=True)
         figures = found[name] = []
-        for figure in measure(name, hosts, repeats):
+        for figure in measure(name, hosts, repeats, device):
             figures.append(figure)
             print("  " + "  ".join(f"{key} {_shown(value)}" for key, value in figure.items()), flush=True)
-        write(out, name, figures, f"fedstill bench {name} --hosts {hosts} --repeats {repeats}", where)
+        command = f"fedstill bench {name}" + f" --hosts {hosts}" * (name in HOSTED) + f" --repeats {repeats}"
+        write(out, name, figures, command + f" --device {device}" * (device != "cpu"), where)
     if file:
         content = json.dumps({"machine": where, **digest(found)}, indent=1)
         durable.write(file, f"{content}\n".encode())
 
 
-def measure(name: str, hosts: int, repeats: int) -> Iterator[Figure]:
+def measure(name: str, hosts: int, repeats: int, device: str) -> Iterator[Figure]:
     """The figures of a benchmark, as they come."""
     if name in OWN_RAY:
-        yield from BENCHES[name](hosts, repeats)
+        yield from BENCHES[name](hosts, repeats, device)
         return
     cluster.start(Execution(hosts=hosts))
     try:
-        yield from BENCHES[name](hosts, repeats)
+        yield from BENCHES[name](hosts, repeats, device)
     finally:
         cluster.stop()
 

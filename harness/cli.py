@@ -162,9 +162,10 @@ def verify(
 def bench(
     names: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="[NAME]...", help="loop, start, rounds, scale, server, sweep; default: all of them"),
+        typer.Argument(metavar="[NAME]...", help="loop, start, rounds, scale, server, clients, sweep; default: all"),
     ] = None,
-    hosts: Annotated[int, typer.Option(min=1, help="processes that train")] = 2,
+    hosts: Annotated[int, typer.Option(min=1, help="processes that train, for loop, rounds and scale")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda; start and sweep are measured on the CPU")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="measurements behind each median")] = 7,
     json: Annotated[Optional[Path], typer.Option(help="a file for the figures")] = None,  # noqa: UP045
     out: Annotated[Path, typer.Option(help="a folder for a table of each")] = Path("results/benchmarks"),
@@ -172,7 +173,7 @@ def bench(
     """Measure how fast this machine runs fedstill, each time against the same arithmetic written by hand."""
     from harness.bench import run_all
 
-    run_all(names or [], hosts, repeats, json, out)
+    run_all(names or [], hosts, repeats, json, out, device)
 
 
 @app.command()

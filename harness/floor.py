@@ -32,15 +32,19 @@ SCANNED = 256  # rows in a batch of what needs no gradient
 class FedAvgFloor:
     """One process's share of a trial's rounds. `tell`, `loss` and `serve` say what a method does beyond FedAvg."""
 
-    def __init__(self, setup: Setup, layout: Layout) -> None:
+    def __init__(self, setup: Setup, layout: Layout, device: str = "cpu") -> None:
         trial, about = setup.trial, card(setup.trial.dataset)
-        self.trial, self.format = trial, FORMATS[layout]
+        self.trial, self.format, self.device = trial, FORMATS[layout], torch.device(device)
         self.net = build(trial.net, setup.arrays.x_train.shape[1:], about.classes)
         self.method: Algorithm = registry.make(trial.method, trial.hyper)
-        x, y = (torch.from_numpy(part.copy()) for part in (setup.arrays.x_train, setup.arrays.y_train))
-        self.rows = [(self.laid(ready(x[i], about)), y[i]) for i in map(torch.from_numpy, setup.split.clients)]
-        self.test = self.laid(ready(torch.from_numpy(setup.arrays.x_test.copy()), about))
-        self.truth = torch.from_numpy(setup.arrays.y_test.copy())
+        arrays = setup.arrays
+        x, y, test, self.truth = (
+            torch.tensor(part, device=self.device)
+            for part in (arrays.x_train, arrays.y_train, arrays.x_test, arrays.y_test)
+        )
+        owned = [torch.tensor(rows, device=self.device) for rows in setup.split.clients]
+        self.rows = [(self.laid(ready(x[own], about)), y[own]) for own in owned]
+        self.test = self.laid(ready(test, about))
         self.model, self.teacher = self.module(self.net.module()), self.module(self.net.module()).eval()
         self.start = [p.detach().clone() for p in self.model.parameters()]
         self.prepare()
@@ -51,7 +55,7 @@ class FedAvgFloor:
 
     def module(self, made: nn.Module) -> nn.Module:
         """A module in it."""
-        laid: nn.Module = made.to(memory_format=self.format)
+        laid: nn.Module = made.to(self.device).to(memory_format=self.format)
         return laid
 
     def prepare(self) -> None:
@@ -75,7 +79,7 @@ class FedAvgFloor:
             told = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         rule = torch.optim.SGD(parameters, local.lr, local.momentum, weight_decay=local.weight_decay)
         for _ in range(int(local.epochs)):
-            for index in torch.randperm(len(y)).split(local.batch):
+            for index in torch.randperm(len(y), device=self.device).split(local.batch):
                 rule.zero_grad()
                 self.loss(x[index], y[index], {key: value[index] for key, value in told.items()}).backward()
                 rule.step()
@@ -98,12 +102,18 @@ class FedAvgFloor:
             self.visit(client)
         for _ in range(models):
             self.evaluate(part, of)
-        return time.perf_counter() - started
+        return self.since(started)
 
     def served(self, cohort: int) -> float:
         """Seconds for what a server does."""
         started = time.perf_counter()
         self.serve(cohort)
+        return self.since(started)
+
+    def since(self, started: float) -> float:
+        """Seconds since then, when the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return time.perf_counter() - started
 
 
@@ -142,18 +152,21 @@ class MoonFloor(FedAvgFloor):
 class Maker:
     """A generator that is frozen on clients, and learns from all their heads on the server."""
 
-    def __init__(self, make: FeatureGenerator, net: nn.Module, at: Literal["features", "latent"]) -> None:
-        self.make, self.learning, self.frozen = make, make.module(), make.module().eval()
+    def __init__(
+        self, make: FeatureGenerator, net: nn.Module, at: Literal["features", "latent"], device: torch.device
+    ) -> None:
+        self.make, self.device = make, device
+        self.learning, self.frozen = make.module().to(device), make.module().to(device).eval()
         self.adam = torch.optim.Adam(self.learning.parameters(), 1e-3, weight_decay=1e-5)
         self.tail = nn.Sequential(*list(net.children())[1 if at == "features" else 2 :])
 
     def labels(self, count: int) -> Tensor:
         """Uniform ones."""
-        return torch.randint(self.make.classes, (count,))
+        return torch.randint(self.make.classes, (count,), device=self.device)
 
     def generate(self, made: nn.Module, y: Tensor) -> Tensor:
         """Features for labels."""
-        z = torch.randn(len(y), self.make.noise)
+        z = torch.randn(len(y), self.make.noise, device=self.device)
         if self.make.style == "kdia":
             labels, body = made.children()
             out: Tensor = body(torch.cat([z, labels(y)], 1))
@@ -184,8 +197,9 @@ class KdiaFloor(FedAvgFloor):
         """A generator and everybody's latest model."""
         hyper: Any = self.method
         self.hyper = hyper
-        self.maker = Maker(generator(self.net, "features", hyper.noise, style="kdia"), self.model, "features")
-        self.latest = torch.zeros(self.trial.clients, sum(p.numel() for p in self.start))
+        make = generator(self.net, "features", hyper.noise, style="kdia")
+        self.maker = Maker(make, self.model, "features", self.device)
+        self.latest = torch.zeros(self.trial.clients, sum(p.numel() for p in self.start), device=self.device)
 
     def tell(self, x: Tensor) -> dict[str, Tensor]:
         """The teacher's logits."""
@@ -203,7 +217,7 @@ class KdiaFloor(FedAvgFloor):
 
     def serve(self, cohort: int) -> None:
         """The teacher as one product; the generator as often as the method has it."""
-        torch.full((len(self.latest),), 1 / len(self.latest)) @ self.latest
+        self.latest.new_full((len(self.latest),), 1 / len(self.latest)) @ self.latest
         steps = self.hyper.generator_epochs * self.hyper.generator_iterations
         self.maker.learn(cohort, steps, self.hyper.generator_batch)
 
@@ -216,7 +230,7 @@ class FedGenFloor(FedAvgFloor):
         hyper: Any = self.method
         self.hyper = hyper
         make = generator(self.net, "latent", hyper.noise_width, hyper.hidden, "fedgen")
-        self.maker = Maker(make, self.model, "latent")
+        self.maker = Maker(make, self.model, "latent", self.device)
 
     def loss(self, x: Tensor, y: Tensor, told: Told) -> Tensor:
         """Cross-entropy, cross-entropy on what was generated, divergence from what the head says of it."""
@@ -249,14 +263,14 @@ class FedDfFloor(FedAvgFloor):
         known = torch.cat([opinion(part) for part in x.split(SCANNED)]) if often else None
         adam = torch.optim.Adam(self.model.parameters(), hyper.proxy_lr)
         for _ in range(hyper.proxy_steps):
-            index = torch.randperm(rows)[: hyper.proxy_batch]
+            index = torch.randperm(rows, device=self.device)[: hyper.proxy_batch]
             target = opinion(x[index]) if known is None else known[index]
             adam.zero_grad()
             F.kl_div(F.log_softmax(self.model(x[index]), 1), target, reduction="batchmean").backward()
             adam.step()
 
 
-FLOORS: dict[str, Callable[[Setup, Layout], FedAvgFloor]] = {
+FLOORS: dict[str, Callable[[Setup, Layout, str], FedAvgFloor]] = {
     "fedavg": FedAvgFloor,
     "fedntd": FedNtdFloor,
     "moon": MoonFloor,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 
 from harness.config import Execution, Trial
 from harness.data import card, load
@@ -63,7 +64,7 @@ class ServerStand:
         else:
             pool = InlinePool(device_of(how))
             pool.load(setup)
-        self.server = Server(setup, pool, "cpu" if how.hosts else device_of(how), mixes)
+        self.server = Server(setup, pool, device_of(how), mixes)
 
     def rounds(self, count: int) -> float:
         """Seconds for so many rounds, from the first to the booking of the last."""
@@ -71,6 +72,8 @@ class ServerStand:
         for _ in range(count):
             self.server.step()
         self.server.flush()
+        if self.server.device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - started
 
     def samples(self) -> int:
@@ -91,10 +94,10 @@ class ServerStand:
 class FloorStand:
     """One process of the floor."""
 
-    def __init__(self, trial: Trial, layout: Layout) -> None:
+    def __init__(self, trial: Trial, layout: Layout, device: str) -> None:
         settle()
         setup, _ = make_setup(trial, load(card(trial.dataset)))
-        self.floor, self.models = FLOORS[trial.method](setup, layout), MODELS.get(trial.method, 1)
+        self.floor, self.models = FLOORS[trial.method](setup, layout, device), MODELS.get(trial.method, 1)
 
     def round(self, clients: Sequence[int], part: int, of: int) -> float:
         """Seconds for these visits and this share of the evaluation."""
@@ -108,9 +111,10 @@ class FloorStand:
 class Floor:
     """As many processes as there are hosts. A round is as long as the slowest of them takes, and then the server."""
 
-    def __init__(self, trial: Trial, layout: Layout, processes: int) -> None:
+    def __init__(self, trial: Trial, layout: Layout, processes: int, device: str = "cpu") -> None:
         actor: Any = ray.remote(FloorStand)
-        self.stands = [actor.options(num_cpus=0).remote(trial, layout) for _ in range(processes)]
+        made = actor.options(num_cpus=0, num_gpus=gpus(device, processes))
+        self.stands = [made.remote(trial, layout, device) for _ in range(processes)]
         self.clients, self.cohort, self.at = trial.clients, trial.cohort, 0
 
     def rounds(self, count: int) -> float:
@@ -135,7 +139,14 @@ class Floor:
             ray.kill(stand)
 
 
-def stand(trial: Trial, hosts: int, overlapping: bool = False) -> Any:
-    """A server in a process of its own."""
+def gpus(device: str, processes: int) -> float:
+    """The share of a GPU of each of so many processes: a quarter for all, since several lots of them share one."""
+    return 1 / (4 * max(1, processes)) if device == "cuda" else 0.0
+
+
+def stand(trial: Trial, hosts: int, overlapping: bool = False, device: str = "cpu") -> Any:
+    """A server in a process of its own, which trains if there are no hosts."""
     actor: Any = ray.remote(ServerStand)
-    return actor.options(num_cpus=0).remote(trial, Execution(hosts=hosts), overlapping)
+    share = gpus(device, 1 + hosts)
+    how = Execution(hosts=hosts, gpus_per_host=share if hosts else 0.0, gpus_per_server=share)
+    return actor.options(num_cpus=0, num_gpus=how.gpus_per_server).remote(trial, how, overlapping)

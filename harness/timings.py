@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +55,19 @@ def cell(method: str, settings: Mapping[str, Any], **more: Any) -> Trial:
     return config.resolve({**settings, "method": method, "hyper": HYPER.get(method, {}), **more})
 
 
-def loop(hosts: int, repeats: int) -> Iterator[Figure]:
+def loop(hosts: int, repeats: int, device: str) -> Iterator[Figure]:
     """Seconds of a round, all included, against the floor's, measured in turns."""
     for setting, methods in MEASURED.items():
         for method in methods:
-            found = against_floor(cell(method, {"usual": USUAL, "small": SMALL}[setting]), hosts, repeats)
+            found = against_floor(cell(method, {"usual": USUAL, "small": SMALL}[setting]), hosts, repeats, device)
             yield {"setting": setting, "method": method, **found}
 
 
-def against_floor(trial: Trial, hosts: int, repeats: int) -> Figure:
+def against_floor(trial: Trial, hosts: int, repeats: int, device: str = "cpu") -> Figure:
     """Ours and the floor, one after the other, again and again; the better memory format of the floor counts."""
-    ours = stand(trial, hosts)
+    ours = stand(trial, hosts, device=device)
     ray.get(ours.rounds.remote(WARM))
-    floors = {layout: Floor(trial, layout, hosts) for layout in LAYOUTS}
+    floors = {layout: Floor(trial, layout, hosts, device) for layout in LAYOUTS}
     for floor in floors.values():
         floor.rounds(1)
     count = max(1, round(2 / floors[LAYOUTS[0]].rounds(1)))  # about two seconds at a time
@@ -137,7 +137,7 @@ def timed(words: list[str]) -> tuple[Clock, float]:
     return clock, began
 
 
-def start(hosts: int, repeats: int) -> Iterator[Figure]:
+def start(hosts: int, repeats: int, device: str) -> Iterator[Figure]:
     """Seconds that a trial costs beside its rounds, in a sweep of trials of one short round, one at a time.
 
     The first has Ray, its process and the data to wait for; the others take over its process. Upper bounds of the
@@ -149,14 +149,14 @@ def start(hosts: int, repeats: int) -> Iterator[Figure]:
     yield {"first_s": clock.ended[0] - began, **spread("reused_s", gaps)}
 
 
-def rounds(hosts: int, repeats: int) -> Iterator[Figure]:
+def rounds(hosts: int, repeats: int, device: str) -> Iterator[Figure]:
     """Seconds of a round in which nothing is trained, by net and cohort, and the memory of its server."""
     with tempfile.TemporaryDirectory() as folder:
         method = Path(folder) / "noop.py"
         method.write_text(NOOP)
         for net, cohort in (("kdia-lenet", 10), ("kdia-lenet", 50), ("kdia-lenet", 1000), ("resnet18", 10)):
             trial = cell(str(method), USUAL, net=net, cohort=cohort, clients=1000, evaluation={"every": 10**6})
-            ours = stand(trial, hosts)
+            ours = stand(trial, hosts, device=device)
             ray.get(ours.rounds.remote(WARM))
             seen = [ray.get(ours.rounds.remote(5)) / 5 for _ in range(repeats)]
             held = ray.get(ours.memory.remote())
@@ -170,14 +170,14 @@ def _megabytes(held: Mapping[str, Mapping[str, int]]) -> Figure:
     return {f"{who}_{names[what]}": n / 1e6 for who, found in held.items() for what, n in found.items()}
 
 
-def scale(hosts: int, repeats: int) -> Iterator[Figure]:
+def scale(hosts: int, repeats: int, device: str) -> Iterator[Figure]:
     """Seconds of a round and memory of its processes by population, for the same cohort; KDIA with 1,000 clients."""
     small = {"net": "kdia-lenet", "local": {"epochs": 1, "batch": 10, "lr": 0.02}, "partition": {"kind": "iid"}}
     kept = {"hyper": {"generator_epochs": 0}}  # its server keeps the latest model of every client
     cases = [*(("fedavg", n, 50) for n in (100, 1000, 10_000, 100_000)), ("kdia", 1000, 200)]
     for method, clients, cohort in cases:
         settings = USUAL | small | {"evaluation": {"every": 10**6}, "clients": clients, "cohort": cohort}
-        ours = stand(cell(method, settings, **(kept if method == "kdia" else {})), hosts, True)
+        ours = stand(cell(method, settings, **(kept if method == "kdia" else {})), hosts, True, device)
         ray.get(ours.rounds.remote(WARM if method != "kdia" else 15))  # until all have been visited
         seen = [ray.get(ours.rounds.remote(3)) / 3 for _ in range(repeats)]
         held = ray.get(ours.memory.remote())
@@ -185,12 +185,12 @@ def scale(hosts: int, repeats: int) -> Iterator[Figure]:
         yield {"method": method, "clients": clients, "cohort": cohort, **spread("round_s", seen), **_megabytes(held)}
 
 
-def server(hosts: int, repeats: int) -> Iterator[Figure]:
+def server(hosts: int, repeats: int, device: str) -> Iterator[Figure]:
     """Seconds of the server's own part of a round against the same arithmetic by hand, in one process each."""
     light = {"local": {"epochs": 1, "batch": 600, "lr": 0.02}, "evaluation": {"every": 10**6}}
     for method, clients in (("kdia", 100), ("kdia", 1000), ("fedgen", 100), ("feddf", 100)):
         trial = cell(method, USUAL | light, clients=clients, **(PROXY if method == "feddf" else {}))
-        ours, floor = stand(trial, 0), Floor(trial, "channels_last", 1)
+        ours, floor = stand(trial, 0, device=device), Floor(trial, "channels_last", 1, device)
         ray.get(ours.rounds.remote(2))
         floor.serve()
         own, raw = [], []
@@ -205,7 +205,28 @@ def server(hosts: int, repeats: int) -> Iterator[Figure]:
         yield {"method": method, "clients": clients, **spread("efficiency", ratios), **figures}
 
 
-def sweep(hosts: int, repeats: int) -> Iterator[Figure]:
+def clients(hosts: int, repeats: int, device: str) -> Iterator[Figure]:
+    """Seconds of a visit in a round of 16, one by one and as many together, by net and batch, measured in turns.
+
+    gain: how many times faster than one by one.
+    """
+    few = {"clients": 160, "cohort": 16, "evaluation": {"every": 10**6}}
+    for net, batch in product(("mlp", "lenet5", "kdia-lenet", "mcmahan-cnn"), (10, 64)):
+        settings = USUAL | few | {"net": net, "local": {"epochs": 1, "batch": batch, "lr": 0.02}}
+        stands = {k: stand(cell("fedavg", settings, together=k), 0, device=device) for k in (1, 4, 16)}
+        seen: dict[int, list[float]] = {k: [] for k in stands}
+        for ours in stands.values():
+            ray.get(ours.rounds.remote(1))
+        for k in [*stands] * repeats:
+            seen[k].append(ray.get(stands[k].rounds.remote(1)) / 16)
+        for k, ours in stands.items():
+            ray.kill(ours)
+            gains = [alone / own for alone, own in zip(seen[1], seen[k], strict=True)]
+            visit = statistics.median(seen[k])
+            yield {"net": net, "batch": batch, "together": k, "visit_s": visit, **spread("gain", gains)}
+
+
+def sweep(hosts: int, repeats: int, device: str) -> Iterator[Figure]:
     """Trials per hour against trials at once, each on a core of its own, from the first start to the last row.
 
     share: what the trials say they took, of slots x time.

@@ -117,4 +117,17 @@ def test_wrong_names_and_hosts_are_refused_before_anything_runs(tmp_path: Path) 
         bench.run_all(["lop"], 1, 1, None, tmp_path / "out")
     with pytest.raises(Refused, match="--hosts 100000 is more than the"):
         bench.run_all(["loop"], 100_000, 1, None, tmp_path / "out")
+    with pytest.raises(Refused, match="unknown device 'gpu'"):
+        bench.run_all(["loop"], 1, 1, None, tmp_path / "out", "gpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_is_used_where_there_is_one_and_by_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Refused, match="--device cuda: there is no GPU here"):
+        bench.chosen(["loop"], "cuda")
+    assert bench.chosen([], "cpu") == list(bench.BENCHES)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert bench.chosen([], "cuda") == ["loop", "rounds", "scale", "server", "clients"]
+    with pytest.raises(Refused, match="--device cuda: start, sweep is measured on the CPU; there are loop"):
+        bench.chosen(["loop", "sweep", "start"], "cuda")
