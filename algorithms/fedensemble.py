@@ -18,8 +18,9 @@ from typing import Literal
 from torch import Generator
 
 from algorithms.fedavg import FedAvg
+from harness.latest import update_rows
 from harness.protocol import Ensemble, Server, State, Update, World
-from harness.trees import Tree, flat, unflat, update_rows
+from harness.trees import Tree, flat, unflat
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class FedEnsemble(FedAvg):
         if self.absent == "global":  # everybody was sent the model that the round began with
             state = {**state, "owners": [], "latest": state["latest"][:0], "begin": state["params"]}
         new = {u.visit.client: u.payload["params"] for u in updates}
-        state["latest"] = update_rows(state["latest"], state["owners"], new)
+        state["latest"] = update_rows(state["latest"], state["owners"], new, state["clients"])
         return super().merge(state, updates, server)
 
     def models(self, state: State) -> Mapping[str, tuple[str, Tree] | Ensemble]:  # type: ignore[override]

@@ -18,10 +18,11 @@ from torch import Generator, Tensor
 
 from algorithms.fedavg import FedAvg
 from harness import protocol as fl
+from harness.latest import update_rows
 from harness.losses import Direction, cross_entropy, taught
 from harness.nets import Net, generator
 from harness.protocol import Batch, Broadcast, Cohort, Inbox, Server, State, Update, World, trees_of, weights
-from harness.trees import Tree, add, flat, scale, stack, unflat, update_rows
+from harness.trees import Tree, add, flat, scale, stack, unflat
 
 
 def teacher_weights(t: int, last: Sequence[int], visits: Sequence[int], sizes: Sequence[int], how: str) -> Tensor:
@@ -106,7 +107,7 @@ class Kdia(FedAvg):
         new = {u.visit.client: u.payload["params"] for u in updates}
         state["visits"] = [count + (client in new) for client, count in enumerate(state["visits"])]
         state["last"] = [server.round if client in new else t for client, t in enumerate(state["last"])]
-        state["latest"] = update_rows(state["latest"], state["rows"], new)
+        state["latest"] = update_rows(state["latest"], state["rows"], new, server.world.clients)
         state["teacher"] = self._teacher(state, server)
         if self.lambda_gen and self.generator_epochs:
             state["generator"] = self._train_generator(state, updates, server)

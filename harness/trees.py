@@ -193,22 +193,6 @@ def overlay(own: Mapping[str, Any], shared: Mapping[str, Any]) -> Tree:
     return {name: {**stage, **over.get(name, {})} for name, stage in own.items()}
 
 
-def update_rows(matrix: Tensor, owners: list[int], new: Mapping[int, Mapping[str, Any]]) -> Tensor:
-    """The latest tree of each of many owners, one per row [n, P], with the `new` ones in their places.
-
-    owners: whose row is where; it grows by those who had none. The matrix is changed in place where it need not grow.
-    """
-    place = {owner: at for at, owner in enumerate(owners)}
-    fresh = [owner for owner in new if owner not in place]
-    place |= {owner: len(owners) + i for i, owner in enumerate(fresh)}
-    owners += fresh
-    if fresh:
-        matrix = torch.cat([matrix, matrix.new_empty(len(fresh), matrix.shape[1])])
-    for owner, tree in new.items():
-        matrix[place[owner]] = flat(tree)
-    return matrix
-
-
 def size(tree: Mapping[str, Any]) -> int:
     """How many numbers the tree holds."""
     return sum(x.numel() for _, x in leaves(tree))

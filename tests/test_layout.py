@@ -19,7 +19,7 @@ METHODS = sorted(p for p in (ROOT / "algorithms").glob("*.py") if p.name != "__i
 # A module imports only those above it.
 ORDER = """
     refusal durable lock summary parquet compaction repair record
-    cards published trees losses mixes layers zoo nets protocol averages descent peers
+    cards published trees latest losses mixes layers zoo nets protocol averages descent peers
     registry settings sections hypers schedule cohorts config overrides
     space plan searches axes
     formats text sources data deals partitions batches fit precision together evaluate
@@ -57,13 +57,8 @@ FOR_METHODS = {
     *("__future__", "abc", "collections", "dataclasses", "functools", "itertools", "math", "operator", "typing"),
     *("annotated_types", "torch"),
     *("harness.protocol", "harness.trees", "harness.losses", "harness.nets", "algorithms.fedavg"),
-    *(
-        "harness.averages",
-        "harness.descent",
-        "harness.mixes",
-        "harness.peers",
-    ),  # pure functions that several methods share
-    *("harness.descent", "harness.refusal"),
+    # Pure functions that several methods share.
+    *("harness.averages", "harness.descent", "harness.latest", "harness.mixes", "harness.peers", "harness.refusal"),
 }
 SECTIONS = ("Paper:", "Travels down:", "Travels up:", "Remembered by the client:", "Differences from ")
 MOST_LINES = {"harness": 300, "algorithms": 150}

@@ -221,15 +221,6 @@ def test_means_by_name() -> None:
 # ---- vectors
 
 
-def test_rows_of_the_latest_trees() -> None:
-    """Owner 7 has a row, and gets a new one there; owners 5 and 2 are new and stand behind, in their order."""
-    old, owners = torch.tensor([[1.0, 1.0]]), [7]
-    matrix = trees.update_rows(old, owners, {5: pair(5), 7: pair(7), 2: pair(2)})
-    assert owners == [7, 5, 2]
-    assert matrix.tolist() == [[7.0, 8.0], [5.0, 6.0], [2.0, 3.0]]
-    assert old.tolist() == [[1.0, 1.0]]
-
-
 @given(nested(FLOATS).filter(lambda tree: any(True for _ in trees.leaves(tree))))
 def test_flat_and_unflat(tree: Tree) -> None:
     vector = trees.flat(tree)

@@ -10,6 +10,7 @@ import torch
 from algorithms.fedensemble import FedEnsemble
 from harness import trees
 from harness.data import card
+from harness.latest import update_rows
 from harness.protocol import Ensemble
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 def test_the_latest_trees_of_owners() -> None:
     """Owner 3 comes first, then 1; 3 again replaces its row."""
     owners: list[int] = []
-    rows = trees.update_rows(torch.zeros(0, 2), owners, {3: {"w": torch.tensor([1.0, 2])}})
-    rows = trees.update_rows(rows, owners, {1: {"w": torch.tensor([3.0, 4])}, 3: {"w": torch.tensor([5.0, 6])}})
+    rows = update_rows(torch.zeros(0, 2), owners, {3: {"w": torch.tensor([1.0, 2])}})
+    rows = update_rows(rows, owners, {1: {"w": torch.tensor([3.0, 4])}, 3: {"w": torch.tensor([5.0, 6])}})
     assert owners == [3, 1]
     assert rows.tolist() == [[5, 6], [3, 4]]
 
