@@ -29,6 +29,7 @@ from harness.record import TABLES, Store
 from harness.registry import label
 from harness.room import Node, at_once
 from harness.sources import to_download
+from harness.stacks import pairs, told
 from harness.summary import final
 from harness.sweep import check_data, check_drift, known_cells, sources_of, traces_of, visited
 from harness.trial import device_of
@@ -213,10 +214,8 @@ def _data(found: Outlook) -> dict[str, Arrays] | None:
     how = found.sweep.execution
     cells = [cell for kind in found.kinds for cell in (kind.cells or [kind.cell])]
     names = dict.fromkeys(name for cell in cells for name in (cell.dataset, cell.proxy.source))
-    far = [
-        n for n in names if n not in ("none", "train") and to_download(card(n), Path(how.data) if how.data else None)
-    ]
-    if far:
+    folder = Path(how.data) if how.data else None
+    if far := [n for n in names if n not in ("none", "train") and to_download(card(n), folder)]:
         found.notes.append(f"The sweep will download {', '.join(far)} first; until it is here, nothing is estimated.")
         return None
     return check_data(cells, how, download=False)
@@ -258,8 +257,12 @@ def _try(found: Outlook, sets: Mapping[str, Arrays], traces: Mapping[str, Trace]
     lanes = max(1, min(busy, int(here["CPU"]), MOST_LANES)) if device == "cpu" else 1
     crowd = list(islice(cycle(order), max(len(order), lanes)))  # as many at a time as in the sweep: it slows them
     seconds = min(5.0, max(1.0, TRYING_S * lanes / len(crowd)))
-    seen = try_out([Task(kind.cell, seconds, device) for kind in crowd], sets, traces, lanes, MOST_S)
-    for kind, sample in zip(crowd, seen, strict=True):
+    ways = pairs(kind.cell for kind in firsts)
+    tasks = [Task(kind.cell, seconds, device) for kind in crowd]
+    tasks += [Task(cell, min(seconds, 1.5), device) for pair in ways for cell in pair]
+    seen = try_out(tasks, sets, traces, lanes, MOST_S)
+    found.notes += told(ways, seen[len(crowd) :])
+    for kind, sample in zip(crowd, seen, strict=False):
         if sample is not None and sample.rounds:
             kind.sample = kind.sample or sample
         elif sample is not None:
@@ -267,9 +270,8 @@ def _try(found: Outlook, sets: Mapping[str, Arrays], traces: Mapping[str, Trace]
     for kind in order:
         near = [k for k in order if k.sample is not None and k.told_from is None]
         if kind.sample is None and near:
-            nearest = min(
-                near, key=lambda k: (k.cell.dataset != kind.cell.dataset, k.cell.method != kind.cell.method)
-            )
+            own = kind.cell
+            nearest = min(near, key=lambda k: (k.cell.dataset != own.dataset, k.cell.method != own.method))
             kind.sample, kind.told_from = nearest.sample, nearest.cell
     if here["GPU"] and how.device != "cpu":
         wanted = [Task(kind.cell, 1.0, "cuda") for kind in firsts] if device == "cpu" else []

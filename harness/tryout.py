@@ -25,7 +25,7 @@ from harness.parquet import Row, TableName, encode
 from harness.server import Server
 from harness.summary import headline
 from harness.trees import Tree, nbytes
-from harness.work import Answer, Order, Setup, WorkFailed, make_setup
+from harness.work import Answer, Asked, Order, Setup, WorkFailed, make_setup
 
 MOST_ROUNDS = 24  # that are measured
 MOST_ROWS = 2000  # that a table's size is told from
@@ -103,7 +103,7 @@ class BriefPool(InlinePool):
 
     def visit(self, order: Order, parts: Sequence[Tree], memory: Tree | None) -> Answer | WorkFailed:
         """A visit, or the answer of another one in its role."""
-        role, rows = order.visit.role, len(self.setup.split.clients[order.visit.client])
+        role, rows = order.visit.role, self._rows(order)
         if self.spent > self.allowance and role in self.last:
             report, payload, kept = self.last[role]
             return replace(report, visit=order.visit, samples=rows), payload, kept
@@ -113,8 +113,26 @@ class BriefPool(InlinePool):
         self.spent += seconds
         if not isinstance(answer, WorkFailed):
             self.last[role] = answer
-            self.seen.append(Visited(role, rows * order.work * self.setup.trial.local.epochs, seconds))
+            self._book(order, seconds)
         return answer
+
+    def visits(self, asked: Sequence[Asked]) -> list[Answer | WorkFailed]:
+        """Visits that are trained together, always all of them."""
+        started = time.perf_counter()
+        answers = super().visits(asked)
+        seconds = time.perf_counter() - started
+        self.spent += seconds
+        for (order, _, _), answer in zip(asked, answers, strict=True):
+            if not isinstance(answer, WorkFailed):
+                self._book(order, seconds / len(asked))
+        return answers
+
+    def _rows(self, order: Order) -> int:
+        return len(self.setup.split.clients[order.visit.client])
+
+    def _book(self, order: Order, seconds: float) -> None:
+        load = self._rows(order) * order.work * self.setup.trial.local.epochs
+        self.seen.append(Visited(order.visit.role, load, seconds))
 
 
 class _Run:

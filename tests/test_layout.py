@@ -24,7 +24,7 @@ ORDER = """
     space plan searches axes
     formats text sources data deals partitions batches fit precision together evaluate
     work host inline books checkpoint scoring server actors calls pool archive trial
-    tryout lanes room cluster
+    tryout lanes stacks room cluster
     desk population ledger portrait projection tracking scribe referee errands sweep costs outlook
     places inference metrics cells caveats statistics verdicts tables sheets typeset plots diagrams board
     series arrangement views scores gallery page live

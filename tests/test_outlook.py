@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from harness import axes, checkpoint, cli, cluster, lock, outlook, preview, sweep
+from harness import axes, checkpoint, cli, cluster, lock, outlook, preview, stacks, sweep
 from harness.config import Execution, resolve, trial_id
 from harness.costs import HOP_S, Course, cost
 from harness.data import card, load
@@ -185,6 +187,7 @@ def test_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "A trial takes 1 CPUs for its server. Room: 1 node with 2 CPUs (this machine), 2 at once." in out
     assert "Rows to write: 4 in trials, 12 in rounds, 48 in clients" in out
     assert "Time: about" in out and "Memory: a process has up to" in out
+    assert "batch 32" in out and re.search(r"together=\d+ trains [\d.]+ times as fast", out)
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.toml"]
     code, out, _ = told(monkeypatch, capsys, "plan", "tiny.toml", "--no-probe", "seeds=1")
     assert code == 0 and "Rows to write: 2 in trials, 6 in rounds, 24 in clients" in out and "Time" not in out
@@ -219,6 +222,41 @@ def test_a_round_is_cut_short_and_still_a_round(method: str) -> None:
     server.flush()
     assert len(pool.seen) == len(server.roles) < len(server.clients)
     assert len({(row["client"], row["role"]) for row in server.clients}) == len(server.clients)
+
+
+def test_visits_together_are_timed_together() -> None:
+    """Four visits in two groups of two: each of a group took half of its time, and all rows are counted."""
+    pool = BriefPool()
+    setup = Subject("fedavg", {}).setup()
+    setup = replace(setup, trial=setup.trial.model_copy(update={"together": 2}))
+    pool.load(setup)
+    server = Server(setup, pool)
+    server.step()
+    server.flush()
+    visits = [row["client"] for row in server.clients]
+    assert len(pool.seen) == len(visits) > 2
+    assert pool.seen[0].seconds == pool.seen[1].seconds != pool.seen[-1].seconds
+    assert sum(one.load for one in pool.seen) == sum(len(setup.split.clients[k]) for k in visits)
+
+
+def test_what_is_quicker_is_proposed() -> None:
+    """2 s for 100 rows one by one; 0.5 s together is 4 times as fast, 2.5 s is 0.8 times as fast. A first round
+    that was slower does not count.
+    """
+
+    def sample(seconds: float) -> Sample:
+        def ran(number: int, took: float) -> Round:
+            return Round(number, number == 0, True, 0.0, (Visited("global", 100.0, took),), 1, 1, 1, 0, 0)
+
+        return Sample(0.0, (ran(0, 9 * seconds), ran(1, seconds)))
+
+    cell = resolve({"method": "fedavg", "net": "mlp", "clients": 4, "together": 4, "local": {"batch": 10}})
+    assert stacks.told([(cell, cell)], [sample(2.0), sample(0.5)])[0].startswith(
+        "fedavg on mlp, batch 10: together=4 trains 4 times as fast."
+    )
+    slower = "One by one is right for fedavg on mlp, batch 10: together=4 trains 0.8 times as fast."
+    assert stacks.told([(cell, cell)], [sample(2.0), sample(2.5)]) == [slower]
+    assert stacks.told([(cell, cell)], [sample(2.0), None]) == []
 
 
 def test_a_cost_is_what_its_rounds_say() -> None:
