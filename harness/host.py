@@ -98,10 +98,10 @@ class ClientHost:
         for places in together.groups([one.training for one in ready]):
             group = [ready[at] for at in places]
             started = time.perf_counter()
-            fitted = self._train(group)
+            fitted, alone = self._train(group)
             seconds = (time.perf_counter() - started) / len(group)
             for one, done in zip(group, fitted, strict=True):
-                end = done if isinstance(done, WorkFailed) else caught(partial(self._end, one, done, seconds))
+                end = done if isinstance(done, WorkFailed) else caught(partial(self._end, one, done, seconds, alone))
                 found[one.order.visit] = end
         return [found[one.order.visit] if isinstance(one, Begun) else one for one in begun]
 
@@ -125,13 +125,14 @@ class ClientHost:
     def _loss(self) -> VisitLoss:
         return in_precision(self.trial.precision, self.method.loss, self.device)
 
-    def _train(self, group: Sequence[Begun]) -> list[Fitted | WorkFailed]:
-        loss, rule = self._loss(), self._rule(group[0].order)
+    def _train(self, group: Sequence[Begun]) -> tuple[list[Fitted | WorkFailed], str]:
+        loss, rule, alone = self._loss(), self._rule(group[0].order), "no other visit is of its kind"
         if len(group) > 1:
             stacked = caught(partial(together.train, [one.training for one in group], loss, rule))
             if not isinstance(stacked, WorkFailed):
-                return [*stacked]
-        return [caught(partial(train, one.training, loss, rule)) for one in group]
+                return [*stacked], ""
+            alone = str(stacked)
+        return [caught(partial(train, one.training, loss, rule)) for one in group], alone
 
     def _begin(self, order: Order, parts: Sequence[Tree | Parcel], memory: Tree | Parcel | None) -> Begun:
         started = time.perf_counter()
@@ -152,8 +153,8 @@ class ClientHost:
 
         return Begun(order, bench, Training(net, start, inbox, before, phases, begin), time.perf_counter() - started)
 
-    def _end(self, begun: Begun, fitted: Fitted, seconds: float) -> Answer:
-        """What a visit answers. seconds: that its training took."""
+    def _end(self, begun: Begun, fitted: Fitted, seconds: float, alone: str = "") -> Answer:
+        """What a visit answers. seconds: that its training took; alone: why it was not stacked with others."""
         started = time.perf_counter()
         order, bench, one = begun.order, begun.bench, begun.training
         samples = len(self.setup.split.clients[order.visit.client])
@@ -173,6 +174,7 @@ class ClientHost:
             finite=finite(payload) and finite(after),
             read_proxy=bench.read_proxy,
             extra=bench.steps,
+            alone=alone,
         )
         bench.sources = {}  # its rows refer back to it: without this, they would stay until Python looks for cycles
         return report, payload, after

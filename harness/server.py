@@ -227,6 +227,8 @@ class Server:
             self.proxy_holders.append(visit.client)
             down = merge_counts(down, {"proxy": self._proxy_bytes})
         self._book_client(report, down, cost)
+        if report.alone and not any(one["kind"] == "trained_alone" for one in self.events):
+            self._note("trained_alone", f"not together with others, here and where it is as here: {report.alone}")
         if not report.finite:
             return None
         self.memories[visit] = memory

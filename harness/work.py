@@ -79,6 +79,7 @@ class Report:
     finite: bool
     read_proxy: bool = False
     extra: int = 0
+    alone: str = ""  # why it was trained by itself, where visits are trained together
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def alike(plain: Answer, stacked: Answer | WorkFailed) -> bool:
     """All that a visit answers, but for its clock."""
     assert not isinstance(stacked, WorkFailed), stacked
     one, other = plain[0], stacked[0]
-    same = replace(one, metrics={}, seconds=0.0) == replace(other, metrics={}, seconds=0.0)
+    same = replace(one, metrics={}, seconds=0.0) == replace(other, metrics={}, seconds=0.0, alone="")
     metrics = one.metrics.keys() == other.metrics.keys() and other.metrics == pytest.approx(one.metrics, 1e-4, 1e-5)
     return same and metrics and near(plain[1], stacked[1]) and near(plain[2], stacked[2])
 
@@ -287,12 +287,18 @@ class Branching(FedAvg):
 
 @pytest.mark.parametrize("method", [Unmasked(), Branching()])
 def test_who_can_not_be_stacked_gets_the_bits_of_the_loop(lab: Any, log: Log, method: FedAvg) -> None:
-    assert marks(lab.run(method, together=4)) == marks(lab.run(method))
+    done = lab.run(method, together=4)
+    assert marks(done) == marks(lab.run(method))
     assert len(log.apart) == 3
+    assert [(e["kind"], e["round"]) for e in done.events] == [("trained_alone", 0)]
+    assert log.apart[0][:60] in done.events[0]["detail"]
 
 
 def test_running_statistics_get_the_bits_of_the_loop(lab: Any, log: Log) -> None:
-    assert marks(lab.run(net="fedgen-cnn-bn", together=4)) == marks(lab.run(net="fedgen-cnn-bn"))
+    done = lab.run(net="fedgen-cnn-bn", together=4)
+    assert marks(done) == marks(lab.run(net="fedgen-cnn-bn"))
+    assert [e["kind"] for e in done.events] == ["trained_alone"]
+    assert "no other visit is of its kind" in done.events[0]["detail"]
     assert log.groups == [[1] * 4] * 3
 
 
@@ -323,8 +329,10 @@ def test_what_one_visit_raises_is_its_own_failure(lab: Any, log: Log, where: str
     """Client 2 is skipped; the others are trained, together or, where it raises in training, one by one."""
     how: Any = {"faults": {"client": "skip"}, "local": {"batch": 16}, "sizes": (3, 4, 8, 5)}
     server = lab.run(Raising(where=where), together=4, **how)
-    assert [(e["kind"], e["client"]) for e in server.events] == [("client_skipped", 2)] * 3
-    assert "bad luck" in server.events[0]["detail"]
+    skipped = [e for e in server.events if e["kind"] == "client_skipped"]
+    assert [e["client"] for e in skipped] == [2] * 3
+    assert "bad luck" in skipped[0]["detail"]
+    assert len(server.events) - len(skipped) == (where == "draw")  # those that it would have been trained with
     assert log.trained == trained
     plain = lab.run(Raising(where=where), **how)
     assert near(server.state["params"], plain.state["params"])
