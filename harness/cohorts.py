@@ -61,21 +61,22 @@ def draw_cohort(
     clients: int,
     participation: float,
     how: Availability | None = None,
-    sizes: Sequence[int] = (),
+    sizes: npt.ArrayLike = (),
     trace: Trace | None = None,
 ) -> Cohort:
-    """Drawn without replacement, from the seed, the round and the role's name. sizes: [N] training rows.
+    """Drawn without replacement, from the seed, the round and the role's name. sizes: [N] training rows; all alike
+    if none are given.
 
     A role's cohort is a share of those who may be picked, whoever of them is there in this round; if too few are
     there, all of them come.
     """
-    how = how or Availability()
+    how, held = how or Availability(), np.asarray(sizes, dtype=np.float64)
     visits: list[Visit] = []
     for name, role in roles.items():
         eligible = np.arange(clients) if role.clients is None else np.array(sorted(role.clients))
         size = min(len(eligible), role.cohort or max(1, int(len(eligible) * participation + 1e-9)))
         there = eligible[_there(eligible, clients, round, seed, how, trace)]
-        rows = np.array([sizes[k] if sizes else 1 for k in there], dtype=np.float64)
+        rows = held[there] if len(held) else np.ones(len(there))
         there, rows = there[rows > 0], rows[rows > 0]  # who has no rows has nothing to do
         odds = rows / rows.sum() if how.pattern == "weighted" else None
         rng = numpy_stream(seed, "cohort", round, name)

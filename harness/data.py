@@ -147,7 +147,7 @@ def load(card: Card, folder: Path | None = None, download: bool = True) -> Array
     Refused: data that is missing and cannot be downloaded, incomplete, or other than the card says.
     """
     if card.format == "digits":
-        arrays = _digits()
+        arrays = _digits(card.shape[1])
     else:
         found = sources.locate(card, folder, download)
         arrays = _readers(card)(card, found)
@@ -161,12 +161,17 @@ def _readers(card: Card) -> Callable[[Card, Path], Arrays]:
     return _read_images if card.format == "images" else _read_batches
 
 
-def _digits() -> Arrays:
-    """scikit-learn's 8x8 digits, grey levels 0..16 as 0..255. Each fifth row of a class, in file order, is test."""
+def _digits(side: int) -> Arrays:
+    """scikit-learn's 8x8 digits, grey levels 0..16 as 0..255. Each fifth row of a class, in file order, is test.
+
+    side: of the images, in pixels. Larger ones have each pixel several times, as far as it goes, and a black margin.
+    """
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    x = np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    x = np.round(bunch.images * (255 / 16)).astype(np.uint8).repeat(side // 8, 1).repeat(side // 8, 2)
+    margin = (side % 8 // 2, side % 8 - side % 8 // 2)
+    x = np.pad(x, ((0, 0), margin, margin))[:, None]
     y = bunch.target.astype(np.int64)
     test = np.zeros(len(y), dtype=bool)
     for c in range(10):

@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import cache, reduce
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from harness.batches import Rows
@@ -60,6 +61,7 @@ class Server:
         self.clients = Pages()
         self.events: list[Event] = []
         self.proxy_holders: list[int] = []
+        self._sizes = np.asarray(self.world.sizes)  # as an array, for cohorts of very many clients
         self._proxy_bytes = 0 if setup.proxy is None else sum(part.nbytes for part in setup.proxy)
         self.scoring = Scoring(setup, pool, self.roles, "private_test" in self.method.needs, mixes)
         self._empty = 0  # rounds in a row from which nothing came back
@@ -147,9 +149,9 @@ class Server:
         self.method, self.world, self._local = now.method, now.world, now.trial.local
 
     def _roster(self) -> Roster:
-        trial, how = self.trial, self.trial.availability
-        share, sizes, trace = trial.participation, self.world.sizes, self.setup.trace
-        cohort = draw_cohort(trial.seed, self.round, self.roles, self.world.clients, share, how, sizes, trace)
+        trial, how, sizes = self.trial, self.trial.availability, self._sizes
+        share, clients, trace = trial.participation, self.world.clients, self.setup.trace
+        cohort = draw_cohort(trial.seed, self.round, self.roles, clients, share, how, sizes, trace)
         return draw_roster(trial.seed, cohort, how)
 
     def _train(self, roster: Roster, costs: dict[str, Cost]) -> list[Update]:

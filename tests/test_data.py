@@ -151,6 +151,19 @@ def test_digits() -> None:
     assert (arrays.x_train / 255).std() == pytest.approx(card.std[0], abs=5e-5)
 
 
+def test_digits_in_the_size_of_mnist() -> None:
+    """8 x 3 = 24 pixels, and 2 on each side: every third one from the third on is the original."""
+    card, small = data.card("digits-28"), data.load(data.card("digits"))
+    arrays = data.load(card)
+    assert arrays.x_train.shape == (1442, 1, 28, 28)
+    assert np.array_equal(arrays.x_test[:, :, 2:26:3, 4:27:3], small.x_test)
+    assert not arrays.x_train[:, :, :2].any() and not arrays.x_train[..., 26:].any()
+    assert int(arrays.x_train.sum(dtype=np.int64)) == 9 * int(small.x_train.sum(dtype=np.int64))
+    assert np.array_equal(arrays.y_test, small.y_test)
+    assert (arrays.x_train / 255).mean() == pytest.approx(card.mean[0], abs=5e-5)
+    assert (arrays.x_train / 255).std() == pytest.approx(card.std[0], abs=5e-5)
+
+
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="the Debian package dataset-fashion-mnist is not installed")
 def test_fashion_mnist_of_the_debian_package() -> None:
     card = data.card("fashion-mnist")

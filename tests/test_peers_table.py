@@ -42,7 +42,8 @@ def test_the_table_has_medians_ranges_and_ratios(peers: SimpleNamespace) -> None
     """Ours: 1, 2, 3, 4, 10, median 3. Theirs: 4, 5, 7, 9, median (5 + 7) / 2 = 6: twice. Others': no ratio."""
     made = peers.table.Measured
     ours = made("usual", "fedstill", "2 x 1 thread", [[4.0, 1.0, 10.0], [2.0, 3.0]], [0.70, 0.74], {"ray": "2.60"})
-    theirs = made("usual", "flower", "2 x 1 thread", [[9.0, 5.0], [4.0, 7.0]], [0.71, 0.71])
+    tried = {"2 x 1 thread": 5.5, "1 x 2 threads": 8.25}
+    theirs = made("usual", "flower", "2 x 1 thread", [[9.0, 5.0], [4.0, 7.0]], [0.71, 0.71], tried=tried)
     others = made("usual", "kdia", "its own", [[30.0]], [None], same=False)
     text = peers.table.table([ours, theirs, others])
     assert row(text, "fedstill")[1:] == [
@@ -50,6 +51,8 @@ def test_the_table_has_medians_ranges_and_ratios(peers: SimpleNamespace) -> None
     ]
     assert row(text, "flower")[3:] == ["6.000 [4.000, 9.000]", "4", "2.00", "0.710"]
     assert row(text, "kdia")[3:] == ["30.000 [30.000, 30.000]", "1", "other work", "not told"]
+    assert text.count("was tried as") == 1
+    assert "usual, flower was tried as (seconds a round): 2 x 1 thread: 5.500; 1 x 2 threads: 8.250.\n" in text
 
 
 def test_another_accuracy_is_other_work(peers: SimpleNamespace) -> None:

@@ -109,24 +109,25 @@ def _quiet(command: Sequence[object]) -> None:
         raise RuntimeError(f"{Path(str(command[0])).name} ended with {done.returncode}:\n{done.stdout[-4000:]}")
 
 
-def fastest(name: str, python: Path, peer: Peer, folder: Path) -> Way:
-    """The way to run a simulator that is the best for this work."""
-    tried = {}
+def fastest(name: str, python: Path, peer: Peer, folder: Path) -> tuple[Way, dict[str, float]]:
+    """The way to run a simulator that is the best for this work, and the seconds of all that were tried."""
+    tried: dict[Way, float] = {}
     for way in peer.ways if len(peer.ways) > 1 else ():
         seconds: list[float] = drive(python, peer, way, folder, WARM + TRIED)["seconds"]
         tried[way] = statistics.median(seconds[WARM:])
         print(f"{name} ({way}): {tried[way]:.3f} s", flush=True)
-    return min(tried, key=tried.__getitem__, default=peer.ways[0])
+    best = min(tried, key=tried.__getitem__, default=peer.ways[0])
+    return best, {str(way): seconds for way, seconds in tried.items()}
 
 
 def measure(setting: str, peers: dict[str, tuple[Path, Peer]], turns: int, folder: Path) -> list[Measured]:
     """All simulators in one setting, one after the other, again and again."""
     deal(trial_of(setting), folder)
     ways = {name: fastest(name, python, peer, folder) for name, (python, peer) in peers.items()}
-    found = {name: Measured(setting, name, str(way), [], []) for name, way in ways.items()}
+    found = {name: Measured(setting, name, str(way), [], [], tried=tried) for name, (way, tried) in ways.items()}
     for turn in range(turns):
         for name, (python, peer) in peers.items():
-            told = drive(python, peer, ways[name], folder, WARM + MEASURED[setting])
+            told = drive(python, peer, ways[name][0], folder, WARM + MEASURED[setting])
             found[name] = now = replace(
                 found[name],
                 seconds=[*found[name].seconds, told["seconds"][WARM:]],

@@ -19,7 +19,8 @@ class Measured:
     """One way to run one simulator in one setting.
 
     seconds: by turn, of the rounds after those that warm up. accuracy: on the test rows after all rounds, by turn;
-    None where the driver can't tell. same: whether data, net and settings are those of the others.
+    None where the driver can't tell. same: whether data, net and settings are those of the others. tried: median
+    seconds of the ways to run it that it was tried in.
     """
 
     setting: str
@@ -29,6 +30,7 @@ class Measured:
     accuracy: Sequence[float | None]
     versions: Mapping[str, str] = field(default_factory=dict)
     same: bool = True
+    tried: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def rounds(self) -> list[float]:
@@ -69,4 +71,13 @@ def table(found: Sequence[Measured]) -> str:
                 f"{statistics.mean(accuracy):.3f}" if accuracy else "not told",
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return rows + "".join(f"\n{line}\n" for line in map(ways, found) if line)
+
+
+def ways(one: Measured) -> str:
+    """What a simulator was tried in before the fastest was measured; empty for one that has one way."""
+    if not one.tried:
+        return ""
+    told = "; ".join(f"{way}: {seconds:.3f}" for way, seconds in one.tried.items())
+    return f"{one.setting}, {one.peer} was tried as (seconds a round): {told}."
