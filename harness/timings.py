@@ -28,7 +28,12 @@ USUAL = {
     **{"partition": {"kind": "iid"}, "local": {"epochs": 5, "batch": 64, "lr": 0.02}, "evaluation": {"every": 1}},
 }
 SMALL = USUAL | {"clients": 1200, "cohort": 50, "local": {"epochs": 1, "batch": 10, "lr": 0.02}}
-MEASURED = {"usual": ("fedavg", "fedntd", "moon", "kdia", "fedgen"), "small": ("fedavg",)}
+LARGE = SMALL | {"net": "mcmahan-cnn"}  # 1.6 million parameters
+LOOPS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+    ("usual", USUAL, ("fedavg", "fedntd", "moon", "kdia", "fedgen")),
+    ("small", SMALL, ("fedavg",)),
+    ("large", LARGE, ("fedavg",)),
+)
 HYPER: dict[str, dict[str, Any]] = {"kdia": {"generator_epochs": 2, "generator_iterations": 25}}
 PROXY = {"proxy": {"source": "train", "rows": 5000}}
 NOOP = '''
@@ -57,9 +62,9 @@ def cell(method: str, settings: Mapping[str, Any], **more: Any) -> Trial:
 
 def loop(hosts: int, repeats: int, device: str) -> Iterator[Figure]:
     """Seconds of a round, all included, against the floor's, measured in turns."""
-    for setting, methods in MEASURED.items():
+    for setting, settings, methods in LOOPS:
         for method in methods:
-            found = against_floor(cell(method, {"usual": USUAL, "small": SMALL}[setting]), hosts, repeats, device)
+            found = against_floor(cell(method, settings), hosts, repeats, device)
             yield {"setting": setting, "method": method, **found}
 
 

@@ -6,7 +6,7 @@ import hashlib
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -149,6 +149,7 @@ class FarPool:
     ships: every order, tree and answer goes through bytes and each visit is done by a fresh host, as under Ray.
     """
 
+    brisk: ClassVar[bool] = True  # as no other pool here: who is sent off when must not matter
     ships: bool = True
     waiting: list[Ticket] = field(default_factory=list)
 

@@ -109,7 +109,7 @@ def first_of(setup: object) -> State:
 
 def test_the_shipped_settings_are_trials(peers: SimpleNamespace) -> None:
     assert {name: (t.clients, t.cohort) for name in peers.deal.SETTINGS if (t := peers.deal.trial_of(name))} == {
-        **{"usual": (100, 10), "small": (1200, 50)}
+        **{"usual": (100, 10), "small": (1200, 50), "large": (1200, 50)}
     }
     words = peers.deal.command(peers.deal.trial_of("usual"))
     assert {"fedavg", "dataset=fashion-mnist", "local.epochs=5", "local.lr=0.02", "partition.kind=iid"} <= set(words)

@@ -19,13 +19,13 @@ from harness.config import Trial
 from harness.data import card, load
 from harness.layers import seeded
 from harness.nets import build
-from harness.timings import SMALL, USUAL
+from harness.timings import LARGE, SMALL, USUAL
 from harness.trees import stream
 from harness.work import make_setup
 
-SETTINGS: dict[str, dict[str, Any]] = {"usual": USUAL, "small": SMALL}
+SETTINGS: dict[str, dict[str, Any]] = {"usual": USUAL, "small": SMALL, "large": LARGE}
 # Rounds that are measured in one turn, after those that warm up: enough for an accuracy that says something.
-MEASURED = {"usual": 6, "small": 37}
+MEASURED = {"usual": 6, "small": 37, "large": 17}
 WARM = 3
 
 

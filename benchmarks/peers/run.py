@@ -1,6 +1,6 @@
 """The same FedAvg work on fedstill and on other simulators, in turns, and one table of ratios.
 
-    python benchmarks/peers/run.py [flower] [pfl] [--setting usual|small] [--turns 2] [--out DIR]
+    python benchmarks/peers/run.py [flower] [pfl] [--setting usual|small|large] [--turns 2] [--out DIR]
 
 Runs in fedstill's own environment. Each peer has one of its own, made on demand from its pinned requirements, since
 their versions of Ray clash. Every simulator begins with the same parameters and has the same rows on the same
