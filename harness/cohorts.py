@@ -73,7 +73,7 @@ def draw_cohort(
     how, held = how or Availability(), np.asarray(sizes, dtype=np.float64)
     visits: list[Visit] = []
     for name, role in roles.items():
-        eligible = np.arange(clients) if role.clients is None else np.array(sorted(role.clients))
+        eligible = np.arange(clients) if role.clients is None else np.array(sorted(role.clients), dtype=np.int64)
         size = min(len(eligible), role.cohort or max(1, int(len(eligible) * participation + 1e-9)))
         there = eligible[_there(eligible, clients, round, seed, how, trace)]
         rows = held[there] if len(held) else np.ones(len(there))
