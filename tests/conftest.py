@@ -7,6 +7,7 @@ pool's `log` of everything that travelled.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,9 @@ from harness.protocol import Algorithm, Batch, Inbox, Trained, Update, Visit, Wo
 from harness.server import Server
 from harness.trees import Tree
 from harness.work import Answer, Order, Setup, WorkFailed
+
+# A shell's background jobs ignore Ctrl-C, and hand that down to the commands that tests start and end by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHAPE, CLASSES = (1, 8, 8), 4
 LOCAL = {"epochs": 1, "batch": 8, "lr": 0.1}
