@@ -176,6 +176,7 @@ def test_nodes_need_neither_fedstill_nor_the_method_file(elsewhere: Elsewhere, t
     assert seen == [(r["round"], r["accuracy"], r["loss"]) for r in server.rounds]
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_the_environment_names_the_cluster_where_the_settings_do_not(elsewhere: Elsewhere, tmp_path: Path) -> None:
     """RAY_ADDRESS is used, and said; what the cluster has no room for is refused with what it has."""

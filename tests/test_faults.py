@@ -271,7 +271,7 @@ def checkpointed(results: Path, cell: config.Trial, every: tuple[int, ...] = (2,
 
 
 @cluster
-@pytest.mark.parametrize("damaged", [1, 2])
+@pytest.mark.parametrize("damaged", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_f9_a_damaged_checkpoint_gives_way_to_the_one_before(
     tmp_path: Path, alone: Path, diary: Any, damaged: int
 ) -> None:

@@ -181,6 +181,7 @@ def test_a_host_that_dies_is_an_event_and_no_other_number(troubled: Any, lab: An
     assert "its worker process has died; given again" in details(server)
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_a_visit_that_kills_every_host_fails(troubled: Any, both: Watched) -> None:
     server = both.start(troubled(DIE, 9), host_retries=1)

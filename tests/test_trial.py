@@ -102,7 +102,9 @@ def inline(cluster: None, tmp_path_factory: pytest.TempPathFactory, diary_of: Ca
     return found
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize(
+    "hosts", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(4, marks=pytest.mark.long)]
+)
 def test_the_number_of_hosts_changes_no_number(tmp_path: Path, inline: Inline, diary: Any, hosts: int) -> None:
     """Nor does the order of the trials, which is turned round here; their hosts are reused, too."""
     tables = run(tmp_path, diary, METHODS[::-1], f"hosts={hosts}", *SHORT)
