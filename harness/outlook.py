@@ -259,10 +259,10 @@ def _try(found: Outlook, sets: Mapping[str, Arrays], traces: Mapping[str, Trace]
     seconds = min(5.0, max(1.0, TRYING_S * lanes / len(crowd)))
     ways = pairs(kind.cell for kind in firsts)
     tasks = [Task(kind.cell, seconds, device) for kind in crowd]
-    tasks += [Task(cell, min(seconds, 1.5), device) for pair in ways for cell in pair]
-    seen = try_out(tasks, sets, traces, lanes, MOST_S)
-    found.notes += told(ways, seen[len(crowd) :])
-    for kind, sample in zip(crowd, seen, strict=False):
+    both = [Task(cell, min(seconds, 1.5), device) for pair in ways for cell in pair]
+    tried = try_out(tasks + both, sets, traces, lanes, MOST_S)
+    found.notes += told(ways, tried[len(crowd) :])
+    for kind, sample in zip(crowd, seen := tried[: len(crowd)], strict=True):
         if sample is not None and sample.rounds:
             kind.sample = kind.sample or sample
         elif sample is not None:

@@ -24,9 +24,8 @@ def pairs(cells: Iterable[Trial]) -> list[tuple[Trial, Trial]]:
 
 def told(tried: Sequence[tuple[Trial, Trial]], seen: Sequence[Sample | None]) -> list[str]:
     """A line for each pair, by the samples of their members in turn."""
-    lines = [
-        _said(cell, both) for (_, cell), both in zip(tried, zip(seen[::2], seen[1::2], strict=True), strict=True)
-    ]
+    found = zip(tried, seen[::2], seen[1::2], strict=True)
+    lines = [_said(stacked, [alone, together]) for (_, stacked), alone, together in found]
     return [line for line in lines if line]
 
 
