@@ -60,8 +60,8 @@ class Arrangement:
 
     def _is_axis(self, key: str) -> bool:
         """Whether something can be drawn over it: two numbers or more."""
-        values = {place["keys"].get(key) for place in (*self.settings, *self.entries)}
-        return sum(isinstance(value, int | float) and not isinstance(value, bool) for value in values) > 1
+        values = (place["keys"].get(key) for place in (*self.settings, *self.entries))
+        return len({x for x in values if isinstance(x, int | float) and not isinstance(x, bool)}) > 1
 
     def measured(self, kind: str, metric: str) -> Iterator[bool]:
         """Whether each model of a kind (any: of all kinds) has a metric."""

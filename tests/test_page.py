@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import gzip
+import itertools
 import json
 import os
 import re
@@ -235,6 +236,18 @@ def test_axes_are_the_settings_with_several_numbers(content: dict[str, Any]) -> 
     ]
     keys = {entry["name"]: entry["keys"] for entry in content["entries"] if entry["method"] == "kdia"}
     assert keys == {"kdia tau=1.0": {"hyper.tau": 1.0}, "kdia tau=2.0": {"hyper.tau": 2.0}}
+
+
+def test_an_axis_may_be_of_lists(tmp_path: Path) -> None:
+    """Such as the shares of the levels of nets, or the weights of a score: settings and entries, but no axis."""
+    made = Folder(tmp_path)
+    for seed, shares in itertools.product(range(2), ([0.9, 0.1], [0.5, 0.5])):
+        for weights in ([1.0, 0.0], [0.0, 1.0]):
+            hyper = {"weights": weights}
+            made.add("groupmd", {"global": 0.5}, seed=seed, config={"fleet": {"shares": shares}, "hyper": hyper})
+    found = content_of(page.write(tmp_path, None))
+    assert "axes" in found and found["axes"] == []
+    assert len(found["settings"]) == 2 and len(found["entries"]) == 2
 
 
 def test_of_a_trial_that_was_repeated_only_the_newest_counts(tmp_path: Path) -> None:
