@@ -723,6 +723,26 @@ def test_it_fits_a_phone(chromium: Browser, file: Path) -> None:
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_names_in_the_diagram_of_ranks_are_whole(chromium: Browser, tmp_path: Path, width: int) -> None:
+    """However long they are; where there is no room for them their marks stand there instead."""
+    made = Folder(tmp_path)
+    for seed, alpha, tau in itertools.product(range(2), (0.1, 1.0), (1.0, 2.5)):
+        hyper, tops = {"tau": tau, "matching": "score"}, {"personal-mcmahan-cnn": 0.5 + tau / 10, "global": 0.4}
+        made.add("groupmd", tops, alpha=alpha, seed=seed, config={"hyper": hyper})
+    chromium.open(page.write(tmp_path, None).as_uri(), width=width)
+    chromium.wait("document.querySelector('.rank-diagram text') !== null")
+    edges = "((box) => [box.left, box.right])"
+    places = chromium.js(
+        f"[...document.querySelectorAll('.rank-diagram text')].map((t) => {edges}(t.getBoundingClientRect()))"
+    )
+    left, right = chromium.js(f"{edges}(document.querySelector('.rank-diagram svg').getBoundingClientRect())")
+    assert all(left <= start and end <= right for start, end in places), (left, right, places)
+    marks = chromium.js("document.querySelectorAll('.rank-diagram .mark').length")
+    assert marks == (0 if width > 1000 else 4)
+
+
+@pytest.mark.browser
 def test_hostile_text_is_shown_as_text(browser: Browser) -> None:
     for key in SECTIONS:
         browser.tab(key)

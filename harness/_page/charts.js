@@ -264,23 +264,27 @@ function scatter({ points, high, label, bounds, ...how }) {
 }
 
 // Average ranks, the best to the left; a bar joins those that Nemenyi's test does not tell apart (Demsar 2006).
+// Where names have no room the marks of the table's rows stand for them.
 function rankDiagram({ names, ranks, settings, p, critical, cliques }, width) {
   const order = ranks.map((rank, i) => i).sort((a, b) => ranks[a] - ranks[b]), half = Math.ceil(order.length / 2);
-  const side = Math.min(240, width * 0.36), bars = cliques.length * 9, height = 46 + bars + half * 20 + 8;
+  const label = (i) => `${names[i]} ${ranks[i].toFixed(2)}`, longest = Math.max(...order.map((i) => label(i).length)) * 7.9 + 14;
+  const named = longest < width * 0.4, side = named ? longest : 68, bars = cliques.length * 9, height = 46 + bars + half * 20 + 8;
   const x = scale([1, names.length], side, width - side, { room: 26 });
-  const node = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Average ranks over ${settings} settings: ${order.map((i) => `${names[i]} ${ranks[i].toFixed(2)}`).join(", ")}` });
+  const node = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Average ranks over ${settings} settings: ${order.map(label).join(", ")}` });
   node.append(svg("path", { class: "hair solid", d: `M${side} 30H${width - side}` }));
   for (const tick of x.ticks.filter(Number.isInteger)) node.append(svg("path", { class: "hair solid", d: `M${x.at(tick)} 25v5` }), svg("text", { class: "rank-tick", x: x.at(tick), y: 19, "text-anchor": "middle" }, String(tick)));
   order.forEach((i, place) => {
     const left = place < half, row = left ? place : order.length - 1 - place, y = 46 + bars + row * 20, at = x.at(ranks[i]);
-    node.append(svg("path", { class: `line c${model.styles.get(names[i])?.colour ?? 0}`, d: `M${at.toFixed(1)} 30V${y}H${left ? side - 6 : width - side + 6}` }),
-      svg("text", { class: "point-name", x: left ? side - 10 : width - side + 10, y: y + 4, "text-anchor": left ? "end" : "start" }, `${names[i]} ${ranks[i].toFixed(2)}`));
+    const style = model.styles.get(names[i]) ?? styleOf(0), away = left ? -1 : 1, edge = left ? side : width - side;
+    node.append(svg("path", { class: `line c${style.colour}`, d: `M${at.toFixed(1)} 30V${y}H${edge + 6 * away}` }),
+      svg("text", { class: "point-name", x: edge + (named ? 10 : 24) * away, y: y + 4, "text-anchor": left ? "end" : "start" }, named ? label(i) : ranks[i].toFixed(2)));
+    if (!named) node.append(marker(style, edge + 14 * away, y, 4.6));
   });
   cliques.forEach((clique, i) => {
-    const ends = clique.map((at) => x.at(ranks[at]));
-    node.append(svg("path", { class: "clique", d: `M${Math.min(...ends) - 3} ${38 + i * 9}H${Math.max(...ends) + 3}` }));
+    const at = clique.map((one) => x.at(ranks[one]));
+    node.append(svg("path", { class: "clique", d: `M${Math.min(...at) - 3} ${38 + i * 9}H${Math.max(...at) + 3}` }));
   });
-  const text = `${settings} settings; Friedman’s p = ${p < 0.0001 ? "<0.0001" : +p.toPrecision(2)} that no method differs. Bars join methods whose ranks differ by less than ${critical.toFixed(2)}: Nemenyi’s test does not tell them apart (5 %).`;
+  const text = `${settings} settings; Friedman’s p ${p < 0.0001 ? "< 0.0001" : `= ${+p.toPrecision(2)}`} that no method differs. Bars join methods whose ranks differ by less than ${critical.toFixed(2)}: Nemenyi’s test does not tell them apart (5 %).`;
   return el("div", { class: "rank-diagram" }, node, el("p", { class: "quiet small" }, text));
 }
 
