@@ -64,7 +64,7 @@ def give(host: Any, at: int, works: list[Work]) -> Call:
 
 def joins(work: Work, last: Work, room: int) -> bool:
     """Whether a visit goes along with the one before it. A new chunk does if there is room for the whole of it."""
-    if not work.asked or work.alone or len(work.asked) > room:
+    if not work.asked or work.alone or last.alone or len(work.asked) > room:
         return False
     chunk, before = work.asked[0][0].chunk, last.asked[0][0].chunk
     return chunk is None or chunk == before or chunk.size <= room

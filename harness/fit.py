@@ -1,7 +1,7 @@
 """The hot path: a step, a client's visit, a server-side fit.
 
-Parameters live in one flat buffer; the tree that a loss sees is made of views into it, and so are the gradients. An
-optimizer step is therefore a handful of operations however many layers a net has.
+Parameters live in one flat buffer; the tree that a loss sees is made of views into it, so that an optimizer step is a
+handful of operations. Gradients are only moved into one too where that saves something: for large nets it costs much.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ StepLoss = Callable[[Tree, Batch], tuple[Tensor, dict[str, Tensor]]]
 # `Algorithm.loss`: of a net, its parameters, a batch, an inbox and a memory
 VisitLoss = Callable[[Net, Tree, Batch, Inbox, Tree], tuple[Tensor, dict[str, Tensor]]]
 Kind = Literal["sgd", "adam"]
+Step = Callable[[tuple[Tensor, ...], float], None]  # of `Weights.slopes` and a factor of the rate
 
 
 def settle(threads: int = 1) -> None:
@@ -36,12 +37,16 @@ def settle(threads: int = 1) -> None:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # dying activations would otherwise slow training sevenfold
     if sys.platform == "linux":
-        # glibc gives large blocks back at once, and the kernel clears every page of the next one: for nets of 10
-        # million parameters that is most of the time of a copy.
+        # glibc gives large blocks back at once, and the kernel clears every page of the next: most of a copy's time.
         with suppress(OSError, AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
             mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def flattened(parts: Iterable[Tensor]) -> Tensor:
+    """One vector [P] of all of them."""
+    return torch.cat([x.reshape(-1) for x in parts])
 
 
 def trains(path: str, x: Tensor) -> bool:
@@ -50,27 +55,25 @@ def trains(path: str, x: Tensor) -> bool:
 
 
 class Weights:
-    """A copy of a tree that can be trained: leaves are views into one vector, gradients into another."""
+    """A copy of a tree that can be trained: leaves are views into one vector."""
 
     def __init__(self, tree: Tree) -> None:
         named = list(leaves(tree))
         trained = [x for path, x in named if trains(path, x)]
-        self.vector = torch.cat([x.detach().reshape(-1) for x in trained])
-        self.gradient = torch.zeros_like(self.vector)
-        sizes = [x.numel() for x in trained]
-        views = zip(trained, torch.split(self.vector, sizes), torch.split(self.gradient, sizes), strict=True)
-        made: list[Tensor] = []
-        for x, value, gradient in views:
-            leaf = value.view(x.shape).detach().requires_grad_()
-            leaf.grad = gradient.view(x.shape)  # backward adds in place
-            made.append(leaf)
-        fill = iter(made)
+        self.vector = flattened(x.detach() for x in trained)
+        views = zip(trained, torch.split(self.vector, [x.numel() for x in trained]), strict=True)
+        self.trained = tuple(value.view(x.shape).detach().requires_grad_() for x, value in views)
+        fill = iter(self.trained)
         names = iter(named)  # leaves() and tree_map() walk in the same order
         self.tree = tree_map(lambda x: next(fill) if trains(*next(names)) else x.detach().clone(), tree)
 
+    def slopes(self, value: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of a scalar by every leaf that is trained; zeros where it does not depend on it."""
+        return torch.autograd.grad(value, self.trained, allow_unused=True, materialize_grads=True)
+
     def result(self) -> Tree:
-        """The tree as it is now, without gradients. Shares memory with this object: use it once training is over."""
-        return tree_map(lambda x: x.detach(), self.tree)
+        """The tree as it is now. Shares memory with this object: use it once training is over."""
+        return tree_map(Tensor.detach, self.tree)
 
 
 @dataclass(frozen=True)
@@ -84,18 +87,21 @@ class Optimizer:
     clip: float = 0.0  # largest norm of a gradient; 0: as it is
     betas: tuple[float, float] = (0.9, 0.999)  # Adam's
 
-    def bind(self, weights: Weights, moments: Tree | None = None) -> Callable[[float], None]:
-        """An optimizer: what it returns takes a step along `weights.gradient`, at a factor of the rate.
+    def bind(self, weights: Weights, moments: Tree | None = None) -> Step:
+        """An optimizer: what it returns takes a step along `weights.slopes`, at a factor of the rate.
 
         It is fresh, unless Adam is given the moments of an earlier one, which it updates in place.
         """
+        w = weights.vector
+        if self == Optimizer("sgd", self.lr):
+            return lambda slopes, factor: self._plainly(weights.trained, slopes, factor)
         if self.kind == "adam":
-            zeros = {name: torch.zeros_like(weights.vector) for name in ("exp_avg", "exp_avg_sq")}
+            zeros = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
             kept = {} if moments is None else moments
             kept.update({"step": torch.zeros(()), **zeros, **kept})
-            return lambda factor: self._adapt(weights.vector, weights.gradient, kept, factor)
-        velocity = torch.zeros_like(weights.vector) if self.momentum else None
-        return lambda factor: self.move(weights.vector, weights.gradient, velocity, factor)
+            return lambda slopes, factor: self._adapt(w, flattened(slopes), kept, factor)
+        velocity = torch.zeros_like(w) if self.momentum else None
+        return lambda slopes, factor: self.move(w, flattened(slopes), velocity, factor)
 
     def during(self, phase: Phase) -> Optimizer:
         """The same at the rate of a phase."""
@@ -111,6 +117,10 @@ class Optimizer:
             if velocity is not None:
                 g = velocity.mul_(self.momentum).add_(g)
             w.add_(g, alpha=-self.lr * factor)
+
+    @torch.no_grad()
+    def _plainly(self, trained: tuple[Tensor, ...], slopes: tuple[Tensor, ...], factor: float) -> None:
+        torch._foreach_add_(trained, slopes, alpha=-self.lr * factor)
 
     def _adapt(self, w: Tensor, g: Tensor, kept: Tree, factor: float) -> None:
         """Adam as torch.optim has it, bit for bit; importing that would take seconds in every new process."""
@@ -155,10 +165,8 @@ def descend(
     seen: dict[str, list[Tensor]] = {}
     steps = samples = 0
     for batch in batches:
-        weights.gradient.zero_()
         value, metrics = loss(weights.tree, batch)
-        value.backward()
-        step(1.0 if schedule is None else schedule(steps))
+        step(weights.slopes(value), 1.0 if schedule is None else schedule(steps))
         steps += 1
         samples += len(batch.y)
         for name, metric in (("loss", value), *metrics.items()):

@@ -23,6 +23,7 @@ STALE_S = 10.0  # for a host to end what a failed trial left it with
 NOT_UP = f"host {{}} did not come up within {START_S:.0f} s: no room?"
 SHORT_S = 0.1  # visits shorter than this are queued two deep, to hide the way to the host, and go several at once
 WORTHWHILE_S = 0.01  # of work that a call is made for, if there is so much: the way there and back takes 2 ms
+WHOLE_S = 1.0  # of work up to which a host gets a chunk as a whole, to take its mean: large nets take long to send
 Ticket: TypeAlias = tuple[Work, int]  # a piece of work, and which of its visits
 
 
@@ -140,14 +141,14 @@ class RayPool:
         The fewer are left the fewer go together, so that all hosts come to their ends at the same time.
         """
         works = [heapq.heappop(self.queue)[2]]
+        each = max(self.mean_s, 1e-6)
         fair = -(-self._visits // (2 * len(self.hosts)))
-        idle = max(1, self.load_of.count(0))
-        worthwhile = min(-(-self._visits // idle), int(WORTHWHILE_S / max(self.mean_s, 1e-6)))
-        if self.brisk:
-            worthwhile = max(worthwhile, CHUNK)
-        most = 1 if works[0].alone else min(max(fair, worthwhile), int(SHORT_S / max(self.mean_s, 1e-6)))
+        worthwhile = min(-(-self._visits // max(1, self.load_of.count(0))), int(WORTHWHILE_S / each))
+        most = min(max(fair, worthwhile, CHUNK * self.brisk), int(SHORT_S / each))
         if works[0].score is None:
-            size = len(works[0].asked)
+            size, chunk = len(works[0].asked), works[0].asked[0][0].chunk
+            if chunk and chunk.size * each <= WHOLE_S and chunk.size * len(self.hosts) <= self._visits:
+                most = max(most, chunk.size)  # and no host will have more to do than the others
             while self.queue and joins(self.queue[0][2], works[-1], most - size):
                 works.append(heapq.heappop(self.queue)[2])
                 size += len(works[-1].asked)

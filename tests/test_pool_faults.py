@@ -430,3 +430,17 @@ def test_hosts_send_one_mean_of_a_whole_chunk(
     assert finished(server) == finished(lab.server(setup))
     assert len(came) == 3 * len(CROWD)
     assert sum(came[len(CROWD) :]) < len(CROWD), "in the rounds whose visits are known to be short"
+
+
+@pytest.mark.cluster
+def test_long_visits_go_chunk_by_chunk_while_that_leaves_the_other_hosts_as_much(
+    lab: Any, both: Watched, bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Visits of 60 ms: too long for a bundle, but 8 of them are worth one model instead of eight.
+
+    Of 45 for two hosts four chunks go whole; 13 are left, fewer than two chunks, and they go one by one.
+    """
+    monkeypatch.setattr(type(both), "mean_s", property(lambda _: 0.06, lambda _, seconds: None), raising=False)
+    setup = lab.setup("fedavg", sizes=CROWD, rounds=2, **WIDE)
+    assert finished(both.start(setup)) == finished(lab.server(setup))
+    assert bundles.sizes == 2 * [*4 * [8], *13 * [1]]
