@@ -5,7 +5,8 @@
 Runs in fedstill's own environment. Each peer has one of its own, made on demand from its pinned requirements, since
 their versions of Ray clash. Every simulator begins with the same parameters and has the same rows on the same
 clients; which clients come when, and in which order they see their rows, is its own business. Each is tried in
-several ways first (processes, threads) and then measured in the fastest.
+several ways first (processes, threads, memory format) and then measured in the fastest, and in the way that it is run
+if nobody says anything.
 """
 
 from __future__ import annotations
@@ -49,23 +50,30 @@ class Way:
 
 @dataclass(frozen=True)
 class Peer:
-    """A simulator: its driver, its requirements, what it is tried with; whether several processes need torchrun."""
+    """A simulator: its driver, its requirements, what it is tried with; whether several processes need torchrun.
+
+    default: how it is run where nothing is said of processes, threads and memory format.
+    """
 
     driver: str
     requirements: str
     ways: tuple[Way, ...]
+    default: Way
     torchrun: bool = False
 
 
 LAYOUTS = ("channels_last", "contiguous")  # of which each peer gets its faster one
 EACH = [Way(CORES, 1, layout) for layout in LAYOUTS]
 ALONE = [Way(1, threads, layout) for threads in sorted({1, CORES}) for layout in LAYOUTS]
+WAYS = tuple(dict.fromkeys([*ALONE, *EACH]))
+# Flower gives a client two CPUs, and so threads; pfl is one process, in which torch has a thread for each core.
 PEERS = {
-    "flower": Peer("flower.py", "flower", tuple(EACH)),
-    "pfl": Peer("pfl_research.py", "pfl", (*ALONE, *EACH) if CORES > 1 else tuple(ALONE), torchrun=True),
+    "flower": Peer("flower.py", "flower", WAYS, Way(max(1, CORES // 2), min(2, CORES), "contiguous")),
+    "pfl": Peer("pfl_research.py", "pfl", WAYS, Way(1, CORES, "contiguous"), torchrun=True),
 }
 CODES = ("fl-bench", "kdia", "fedgen")  # research code in checkouts; see fl_bench.py
-US = Peer("ours.py", "", (Way(CORES, 1, "channels_last"),))
+OUR_WAY = Way(CORES, 1, "channels_last")
+US = Peer("ours.py", "", (OUR_WAY,), OUR_WAY)
 
 
 def known(names: Sequence[str]) -> list[str]:
@@ -123,18 +131,23 @@ def fastest(name: str, python: Path, peer: Peer, folder: Path) -> tuple[Way, dic
 def measure(setting: str, peers: dict[str, tuple[Path, Peer]], turns: int, folder: Path) -> list[Measured]:
     """All simulators in one setting, one after the other, again and again."""
     deal(trial_of(setting), folder)
-    ways = {name: fastest(name, python, peer, folder) for name, (python, peer) in peers.items()}
-    found = {name: Measured(setting, name, str(way), [], [], tried=tried) for name, (way, tried) in ways.items()}
+    found: dict[tuple[str, Way], Measured] = {}
+    for name, (python, peer) in peers.items():
+        best, tried = fastest(name, python, peer, folder)
+        found[name, best] = Measured(setting, name, str(best), [], [], tried=tried)
+        if peer.default != best:
+            found[name, peer.default] = Measured(setting, name, f"{peer.default} (its default)", [], [])
     for turn in range(turns):
-        for name, (python, peer) in peers.items():
-            told = drive(python, peer, ways[name][0], folder, WARM + MEASURED[setting])
-            found[name] = now = replace(
-                found[name],
-                seconds=[*found[name].seconds, told["seconds"][WARM:]],
-                accuracy=[*found[name].accuracy, told["accuracy"][-1]],
+        for name, way in found:
+            told = drive(*peers[name], way, folder, WARM + MEASURED[setting])
+            found[name, way] = now = replace(
+                found[name, way],
+                seconds=[*found[name, way].seconds, told["seconds"][WARM:]],
+                accuracy=[*found[name, way].accuracy, told["accuracy"][-1]],
                 versions=told["versions"],
             )
-            print(f"{setting}, turn {turn + 1}: {name} {statistics.median(now.seconds[-1]):.3f} s", flush=True)
+            seconds = statistics.median(now.seconds[-1])
+            print(f"{setting}, turn {turn + 1}: {name} ({way}) {seconds:.3f} s", flush=True)
     return list(found.values())
 
 
