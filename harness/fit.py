@@ -1,7 +1,7 @@
 """The hot path: a step, a client's visit, a server-side fit.
 
 Parameters live in one flat buffer; the tree that a loss sees is made of views into it, so that an optimizer step is a
-handful of operations. Gradients are only moved into one too where that saves something: for large nets it costs much.
+handful of operations. Gradients are put into one only where a rule wants them so: every pass over large ones counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from harness.batches import Rows, augment, passes
 from harness.layers import BUFFERS
 from harness.nets import Net
 from harness.protocol import Algorithm, Batch, Inbox, Phase, Source, World
-from harness.trees import Tree, leaves, stream, tree_map
+from harness.trees import Tree, flattened, leaves, stream, tree_map
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 KEPT_BYTES = 2**29
@@ -37,16 +37,12 @@ def settle(threads: int = 1) -> None:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # dying activations would otherwise slow training sevenfold
     if sys.platform == "linux":
-        # glibc gives large blocks back at once, and the kernel clears every page of the next: most of a copy's time.
+        # glibc gives large blocks back at once, and the kernel clears every page of the next one: for nets of 10
+        # million parameters that is most of the time of a copy.
         with suppress(OSError, AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
             mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-def flattened(parts: Iterable[Tensor]) -> Tensor:
-    """One vector [P] of all of them."""
-    return torch.cat([x.reshape(-1) for x in parts])
 
 
 def trains(path: str, x: Tensor) -> bool:
@@ -72,7 +68,7 @@ class Weights:
         return torch.autograd.grad(value, self.trained, allow_unused=True, materialize_grads=True)
 
     def result(self) -> Tree:
-        """The tree as it is now. Shares memory with this object: use it once training is over."""
+        """The tree as it is now, without gradients. Shares memory with this object: use it once training is over."""
         return tree_map(Tensor.detach, self.tree)
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from harness.fit import Fitted, Optimizer, Training, VisitLoss, Weights, flattened, trains
+from harness.fit import Fitted, Optimizer, Training, VisitLoss, Weights, trains
 from harness.nets import Net
 from harness.protocol import Batch, Phase
-from harness.trees import Tree, flat, leaves, tree_map, unflat
+from harness.trees import Tree, flat, flattened, leaves, tree_map, unflat
 
 ROUNDING = 1e-4  # how far a stacked gradient may be from the plain one, as a share of its norm
 Seen = dict[str, Tensor]  # [K, ...] of each metric

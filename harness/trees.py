@@ -171,7 +171,12 @@ def stack(trees: Sequence[Mapping[str, Any]]) -> Tree:
 
 def flat(tree: Mapping[str, Any]) -> Tensor:
     """All leaves as one vector [P], in the tree's order. A copy."""
-    return torch.cat([x.detach().reshape(-1) for _, x in leaves(tree)])
+    return flattened(x.detach() for _, x in leaves(tree))
+
+
+def flattened(parts: Iterable[Tensor]) -> Tensor:
+    """Tensors of any shapes as one vector [P]. A copy."""
+    return torch.cat([x.reshape(-1) for x in parts])
 
 
 def unflat(vector: Tensor, like: Mapping[str, Any]) -> Tree:

@@ -246,12 +246,19 @@ def test_a_long_absence_of_the_server_makes_nobody_late(troubled: Any, lab: Any,
     """Work was given, the server did something else for longer than the time-out, and all is answered by then."""
     setup = troubled(HANG, 0)
     server = both.start(setup, visit_timeout_s=1)
-    late = (1, 4)  # a round and a client
-    both.before = lambda order: time.sleep(2 * ((order.round, order.visit.client) == late))  # type: ignore[method-assign]
+    late = []
+
+    def absent(order: Any) -> None:
+        if (order.round, order.visit.client) == (1, 4):
+            late.append(order)
+            time.sleep(2)
+
+    both.before = absent  # type: ignore[method-assign]
     try:
         assert finished(server) == plain(lab)
     finally:
         del both.before
+    assert len(late) == 1
     assert server.events == []
 
 

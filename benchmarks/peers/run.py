@@ -63,9 +63,8 @@ class Peer:
 
 
 LAYOUTS = ("channels_last", "contiguous")  # of which each peer gets its faster one
-EACH = [Way(CORES, 1, layout) for layout in LAYOUTS]
-ALONE = [Way(1, threads, layout) for threads in sorted({1, CORES}) for layout in LAYOUTS]
-WAYS = tuple(dict.fromkeys([*ALONE, *EACH]))
+SHAPES = dict.fromkeys([(1, 1), (1, CORES), (CORES, 1)])  # processes and threads
+WAYS = tuple(Way(*shape, layout) for shape in SHAPES for layout in LAYOUTS)
 # Flower gives a client two CPUs, and so threads; pfl is one process, in which torch has a thread for each core.
 PEERS = {
     "flower": Peer("flower.py", "flower", WAYS, Way(max(1, CORES // 2), min(2, CORES), "contiguous")),
